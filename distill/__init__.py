@@ -1,0 +1,1 @@
+"""Make students: teach a small teacher, and (next) prune and distil it."""

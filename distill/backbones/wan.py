@@ -1,0 +1,64 @@
+"""Wan2.2-TI2V: `WanTransformer3DModel` with the first latent frame given and per-token timesteps.
+
+Everything that is particular to this model is here; see `WanImageToVideoPipeline(expand_timesteps=True)` in diffusers for
+the inference side of the same conventions. Shape suffixes: B clip, C channel, T latent frame, H row, W column, N token,
+L text token, D text width.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+NUM_TRAIN_TIMESTEPS = 1000
+
+
+def encode_video(vae: Any, video_BCTHW: Tensor) -> Tensor:
+    """Normalised latents (posterior mean) of a video in [-1, 1] with 4 n + 1 frames."""
+    latents_BCTHW = vae.encode(video_BCTHW.to(vae.dtype)).latent_dist.mean
+    mean_C, std_C = _statistics(vae, latents_BCTHW)
+    return (latents_BCTHW - mean_C) / std_C
+
+
+def decode_latents(vae: Any, latents_BCTHW: Tensor) -> Tensor:
+    """Video in [-1, 1] from normalised latents."""
+    mean_C, std_C = _statistics(vae, latents_BCTHW)
+    return vae.decode((latents_BCTHW * std_C + mean_C).to(vae.dtype), return_dict=False)[0]
+
+
+def _statistics(vae: Any, like: Tensor) -> tuple[Tensor, Tensor]:
+    mean = torch.tensor(vae.config.latents_mean, dtype=like.dtype, device=like.device)
+    std = torch.tensor(vae.config.latents_std, dtype=like.dtype, device=like.device)
+    return mean.view(1, -1, 1, 1, 1), std.view(1, -1, 1, 1, 1)
+
+
+def encode_text(tokenizer: Any, text_encoder: Any, prompts: list[str], max_sequence_length: int) -> Tensor:
+    """``text_BLD``: embeddings, zero after each prompt's end, as the stock pipeline makes them."""
+    tokens = tokenizer(
+        prompts, padding="max_length", max_length=max_sequence_length, truncation=True, return_tensors="pt"
+    ).to(text_encoder.device)
+    text_BLD = text_encoder(tokens.input_ids, tokens.attention_mask).last_hidden_state
+    return text_BLD * tokens.attention_mask[..., None].to(text_BLD.dtype)
+
+
+def predict_velocity(transformer: Any, x_BCTHW: Tensor, sigma_B: Tensor, first_BC1HW: Tensor, text_BLD: Tensor) -> Tensor:
+    """Predicted velocity (noise - x_0) of every latent frame; what stands at the first one has no meaning.
+
+    Args:
+        transformer: the network, or anything called like it.
+        x_BCTHW: noisy latents; their first frame is replaced by ``first_BC1HW``.
+        sigma_B: noise level of frames 1 and on, in [0, 1]. The first frame's tokens are always told 0.
+        first_BC1HW: the clean latent of the given image.
+        text_BLD: see ``encode_text``.
+    """
+    x_BCTHW = torch.cat([first_BC1HW, x_BCTHW[:, :, 1:]], dim=2)
+    _, patch_height, patch_width = transformer.config.patch_size
+    batch, _, num_frames, height, width = x_BCTHW.shape
+    tokens_per_frame = (height // patch_height) * (width // patch_width)
+    timestep_BN = (sigma_B * NUM_TRAIN_TIMESTEPS)[:, None].repeat(1, num_frames * tokens_per_frame)
+    timestep_BN[:, :tokens_per_frame] = 0
+    return transformer(
+        hidden_states=x_BCTHW, timestep=timestep_BN, encoder_hidden_states=text_BLD, return_dict=False
+    )[0]

@@ -1,0 +1,1 @@
+"""Clips and captions that runs learn from."""

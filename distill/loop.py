@@ -1,0 +1,193 @@
+"""`fit()`: one training loop that knows no algorithm: optimiser, EMA, checkpoints, exact resume, logs.
+
+A step's randomness depends on (seed, stage, step) alone, so a resumed run is the same run. Checkpoints are written aside
+and renamed. SIGTERM or Ctrl-C write one and raise ``Interrupted``: the same command goes on from there.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+import time
+import zlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+from safetensors.torch import load_model, save_model
+from torch import Tensor, nn
+from torch.utils.tensorboard import SummaryWriter
+
+from distill.config import FitConfig
+
+
+class Interrupted(Exception):
+    """A signal ended the run early; a checkpoint has been written."""
+
+
+class Run:
+    """A run's folder and what it says while it goes: `events.jsonl` (append-only), TensorBoard, lines on stderr."""
+
+    def __init__(self, folder: Path, seed: int) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self.folder = folder
+        self.seed = seed
+        self.stopping = False
+        self._events = (folder / "events.jsonl").open("a", buffering=1)
+        self._board = SummaryWriter(str(folder / "tensorboard"))
+
+    def event(self, stage: str, step: int, **values: Any) -> None:
+        """Append one line to `events.jsonl`; numbers go to TensorBoard too."""
+        record = {"time": round(time.time(), 3), "stage": stage, "step": step, **values}
+        self._events.write(json.dumps(record) + "\n")
+        for name, value in values.items():
+            if isinstance(value, (int, float)):
+                self._board.add_scalar(f"{stage}/{name}", value, step)
+
+    def say(self, line: str) -> None:
+        """One line of progress for a person."""
+        print(line, file=sys.stderr, flush=True)
+
+    def generator(self, stage: str, step: int) -> torch.Generator:
+        """The random numbers of one step."""
+        mixed = zlib.crc32(f"{self.seed}/{stage}/{step}".encode())
+        return torch.Generator().manual_seed(mixed)
+
+    def check_stop(self) -> None:
+        """Between pieces of work that are short: raise if a signal has asked to stop."""
+        if self.stopping:
+            raise Interrupted
+
+    @contextmanager
+    def handling_signals(self) -> Iterator[None]:
+        """Turn SIGTERM and SIGINT into a stop at the next step."""
+
+        def stop(_number: int, _frame: FrameType | None) -> None:
+            self.stopping = True
+
+        before = {s: signal.signal(s, stop) for s in (signal.SIGTERM, signal.SIGINT)}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+            self._board.close()
+            self._events.close()
+
+
+def fit(
+    run: Run,
+    stage: str,
+    model: nn.Module,
+    loss: Callable[[int, torch.Generator], tuple[Tensor, dict[str, float]]],
+    config: FitConfig,
+    sample: Callable[[Path], dict[str, float]],
+) -> None:
+    """Minimise ``loss`` over the trainable parameters of ``model``; on return the model holds the averaged weights.
+
+    Args:
+        run: where to write; ``run.folder / f"{stage}.safetensors"`` holds the finished weights, and where that file
+            exists the stage is done: it is loaded and nothing is trained.
+        stage: name of this optimisation within the run.
+        model: trained in place.
+        loss: ``(step, generator) -> (scalar, values to log)``; everything random comes from the generator.
+        config: see ``FitConfig``.
+        sample: draws what the averaged weights can do into the given PNG and returns values to log.
+
+    Raises:
+        Interrupted: a signal came; the checkpoint holds every step done.
+        FloatingPointError: the loss is no longer finite.
+    """
+    finished = run.folder / f"{stage}.safetensors"
+    checkpoint = run.folder / f"{stage}.checkpoint.pt"
+    if finished.exists():
+        load_model(model, finished)
+        return
+    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    optimiser = torch.optim.AdamW(
+        parameters.values(), lr=config.learning_rate, betas=config.betas, weight_decay=config.weight_decay
+    )
+    average = {name: p.detach().clone() for name, p in parameters.items()}
+    start = 0
+    if checkpoint.exists():
+        state = torch.load(checkpoint, weights_only=True)
+        model.load_state_dict(state["model"])
+        optimiser.load_state_dict(state["optimiser"])
+        average, start = state["average"], state["step"]
+        run.say(f"{stage}: resumed at step {start}")
+
+    def save(step: int) -> None:
+        state = {"model": model.state_dict(), "optimiser": optimiser.state_dict(), "average": average, "step": step}
+        aside = checkpoint.with_suffix(".tmp")
+        torch.save(state, aside)
+        os.replace(aside, checkpoint)
+
+    logged_at, logged_step, totals = time.monotonic(), start, dict[str, float]()
+    for step in range(start, config.steps):
+        for group in optimiser.param_groups:
+            group["lr"] = config.learning_rate * rate(step, config)
+        value, values = loss(step, run.generator(stage, step))
+        value.backward()
+        norm = nn.utils.clip_grad_norm_(list(parameters.values()), config.clip_norm)
+        if not torch.isfinite(norm):
+            raise FloatingPointError(f"{stage}: the gradient is not finite at step {step}; lower the learning rate")
+        optimiser.step()
+        optimiser.zero_grad(set_to_none=True)
+        # A short memory at first: the average should not remember the random start.
+        decay = min(config.ema_decay, (1 + step) / (10 + step))
+        for name, parameter in parameters.items():
+            average[name].lerp_(parameter.detach(), 1 - decay)
+
+        done = step + 1
+        for name, number in {"loss": value.item(), "grad_norm": norm.item(), **values}.items():
+            totals[name] = totals.get(name, 0.0) + number
+        if done % config.log_every == 0 or done == config.steps:
+            count = done - logged_step
+            rate_hz = count / max(time.monotonic() - logged_at, 1e-9)
+            means = {name: total / count for name, total in totals.items()}
+            run.event(stage, done, **means, steps_per_s=rate_hz, clips_per_s=rate_hz * config.batch)
+            shown = "  ".join(f"{name} {mean:.4g}" for name, mean in means.items())
+            left_min = (config.steps - done) / rate_hz / 60
+            run.say(f"{stage} {done}/{config.steps}  {shown}  {rate_hz:.2f} steps/s  {left_min:.1f} min left")
+            logged_at, logged_step, totals = time.monotonic(), done, {}
+        if done % config.checkpoint_every == 0 or run.stopping:
+            save(done)
+        if run.stopping:
+            raise Interrupted
+        if done % config.sample_every == 0 or done == config.steps:
+            with _swapped(parameters, average), torch.no_grad():
+                run.event(stage, done, **sample(run.folder / "samples" / f"{stage}-{done:06d}.png"))
+            logged_at = time.monotonic()
+
+    for name, parameter in parameters.items():
+        parameter.data.copy_(average[name])
+    aside = finished.with_suffix(".tmp")
+    save_model(model, str(aside))
+    os.replace(aside, finished)
+    checkpoint.unlink(missing_ok=True)
+
+
+def rate(step: int, config: FitConfig) -> float:
+    """Learning rate over its peak: linear warm-up, then half a cosine down to .05."""
+    if step < config.warmup_steps:
+        return (step + 1) / config.warmup_steps
+    progress = (step - config.warmup_steps) / max(config.steps - config.warmup_steps, 1)
+    return 0.525 + 0.475 * float(torch.cos(torch.tensor(torch.pi * progress)))
+
+
+@contextmanager
+def _swapped(parameters: dict[str, nn.Parameter], values: dict[str, Tensor]) -> Iterator[None]:
+    """Give the parameters other values for the length of the block."""
+    before = {name: parameter.data for name, parameter in parameters.items()}
+    for name, parameter in parameters.items():
+        parameter.data = values[name]
+    try:
+        yield
+    finally:
+        for name, parameter in parameters.items():
+            parameter.data = before[name]

@@ -1,0 +1,23 @@
+"""Training losses: pure functions, one per equation."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+
+def flow_matching(velocity_BCTHW: Tensor, x0_BCTHW: Tensor, noise_BCTHW: Tensor) -> Tensor:
+    """Rectified flow, mean || v - (noise - x_0) ||^2 (Liu et al. 2022, equation 1), the given first frame left out."""
+    error = velocity_BCTHW - (noise_BCTHW - x0_BCTHW)
+    return error[:, :, 1:].float().square().mean()
+
+
+def reconstruction(video_BCTHW: Tensor, target_BCTHW: Tensor) -> Tensor:
+    """L1 + MSE: the first keeps edges, the second colours. Videos in [-1, 1]."""
+    error = video_BCTHW - target_BCTHW
+    return error.abs().mean() + error.square().mean()
+
+
+def psnr_db(video_BCTHW: Tensor, target_BCTHW: Tensor) -> Tensor:
+    """``[B, T]``: peak signal to noise ratio of every frame, videos in [-1, 1]."""
+    mse_BT = (video_BCTHW.clamp(-1, 1) - target_BCTHW).square().mean(dim=(1, 3, 4))
+    return 10 * (4 / mse_BT.clamp(min=1e-10)).log10()

@@ -1,0 +1,20 @@
+"""Noise levels: sigma in [0, 1], 1 is pure noise; x_sigma = (1 - sigma) x_0 + sigma noise (rectified flow)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def shift(sigma: Tensor, factor: float) -> Tensor:
+    """Move noise levels towards 1: k s / (1 + (k - 1) s) (Esser et al. 2024, equation 23). Any shape, sigma in [0, 1]."""
+    return factor * sigma / (1 + (factor - 1) * sigma)
+
+
+def sample_sigmas(count: int, factor: float, generator: torch.Generator) -> Tensor:
+    """``[count]`` noise levels of the shifted uniform distribution, stratified: one in each of ``count`` equal parts.
+
+    Stratification leaves each sample's distribution as it is and lowers the variance of the batch's mean loss.
+    """
+    position_B = torch.randperm(count, generator=generator) + torch.rand(count, generator=generator)
+    return shift(position_B / count, factor)

@@ -1,0 +1,49 @@
+"""What routes ask for, each as one annotated alias."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Annotated, cast
+
+from fastapi import Depends, Request
+from redis import Redis
+from redis.asyncio import Redis as AsyncRedis
+
+from service.errors import ApiError
+from service.jobs import JobStore
+from service.settings import Settings
+from worker.storage import Storage
+
+
+@dataclass(frozen=True)
+class Context:
+    """What the app holds while it runs."""
+
+    settings: Settings
+    redis: Redis
+    async_redis: AsyncRedis
+    storage: Storage
+    store: JobStore
+
+
+def _context(request: Request) -> Context:
+    return cast(Context, request.app.state.context)
+
+
+def _origin(request: Request) -> str:
+    """How links begin: the configured address, else where this request came in."""
+    settings = _context(request).settings
+    return str(settings.public_url or request.base_url).rstrip("/")
+
+
+def _job_id(job_id: str) -> str:
+    """An id as we make them; anything else was never a job, and never reaches a key or a path."""
+    if not re.fullmatch(r"vid_[0-9a-z]{26}", job_id):
+        raise ApiError(404, "not_found", f"there is no generation {job_id[:64]!r}")
+    return job_id
+
+
+ContextDep = Annotated[Context, Depends(_context)]
+OriginDep = Annotated[str, Depends(_origin)]
+JobIdDep = Annotated[str, Depends(_job_id)]

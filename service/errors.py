@@ -1,0 +1,68 @@
+"""The one error envelope: ``{"error": {"message", "type", "param", "code"}}`` for every 4xx and 5xx."""
+
+from __future__ import annotations
+
+import logging
+from http import HTTPStatus
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from redis.exceptions import RedisError
+from starlette.exceptions import HTTPException
+
+log = logging.getLogger(__name__)
+
+
+class ApiError(Exception):
+    """An answer that is an error. ``message`` says what came, what was wanted and what to change."""
+
+    def __init__(
+        self, status: int, code: str, message: str, *, param: str | None = None, retry_after_s: int | None = None
+    ) -> None:
+        super().__init__(message)
+        self.status = status
+        self.code = code
+        self.message = message
+        self.param = param
+        self.retry_after_s = retry_after_s
+
+
+def body(status: int, code: str, message: str, param: str | None = None) -> dict[str, dict[str, str | None]]:
+    """The envelope as a dictionary."""
+    kind = "invalid_request_error" if status < 500 else "server_error"
+    if status == HTTPStatus.NOT_FOUND:
+        kind = "not_found_error"
+    return {"error": {"message": message, "type": kind, "param": param, "code": code}}
+
+
+def install(app: FastAPI) -> None:
+    """Answer every error, FastAPI's own among them, in the envelope."""
+
+    @app.exception_handler(ApiError)
+    async def _api_error(_request: Request, error: ApiError) -> JSONResponse:
+        headers = {"Retry-After": str(error.retry_after_s)} if error.retry_after_s else None
+        return JSONResponse(body(error.status, error.code, error.message, error.param), error.status, headers)
+
+    @app.exception_handler(HTTPException)
+    async def _http(_request: Request, error: HTTPException) -> JSONResponse:
+        code = HTTPStatus(error.status_code).phrase.lower().replace(" ", "_")
+        headers = dict(error.headers) if error.headers else None
+        return JSONResponse(body(error.status_code, code, str(error.detail)), error.status_code, headers)
+
+    @app.exception_handler(RequestValidationError)
+    async def _validation(_request: Request, error: RequestValidationError) -> JSONResponse:
+        first = error.errors()[0]  # place and reason only: the input may be an image or a secret
+        param = ".".join(str(part) for part in first["loc"][1:]) or None
+        return JSONResponse(body(422, "invalid_field", f"{param or 'body'}: {first['msg']}", param), 422)
+
+    @app.exception_handler(RedisError)
+    async def _redis(_request: Request, error: RedisError) -> JSONResponse:
+        log.error("Redis: %s", error)
+        message = "the job store cannot be reached; nothing was changed that you were not told of. Try again shortly"
+        return JSONResponse(body(503, "store_unavailable", message), 503, {"Retry-After": "2"})
+
+    @app.exception_handler(Exception)
+    async def _unexpected(request: Request, error: Exception) -> JSONResponse:
+        log.error("%s %s", request.method, request.url.path, exc_info=error)
+        return JSONResponse(body(500, "internal_error", "something went wrong on our side; it has been logged"), 500)

@@ -1,0 +1,90 @@
+"""The input firewall: any bytes in, a clean picture of the model's size out, or a 4xx that says what was wrong.
+
+The rule: PNG, JPEG or WEBP, judged by content; one frame; at most ``max_pixels``, asked of the header before anything is
+decoded. EXIF orientation is applied, transparency is laid on white, the picture is cropped around its centre to the model's
+aspect ratio and resized (Lanczos), and written anew as PNG, so no metadata and nothing hidden in the file survives.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import io
+import warnings
+
+from PIL import Image, ImageOps
+
+from service.errors import ApiError
+
+FORMATS = ("PNG", "JPEG", "WEBP")
+MIN_SIDE = 16
+MAX_SIDE = 16_384
+
+
+def clean(data: bytes, width: int, height: int, max_pixels: int) -> bytes:
+    """``data`` as a PNG of ``width`` x ``height``.
+
+    Raises:
+        ApiError: 415 not one of the formats; 422 damaged, animated, too large or too small.
+    """
+    if not data:
+        raise ApiError(422, "image_empty", "the image is empty; send a PNG, JPEG or WEBP file", param="image")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # Pillow warns about sizes that are judged below, and about odd metadata
+            with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+                _check_header(image, max_pixels)
+                image.load()
+                return _fit(image, width, height)
+    except ApiError:
+        raise
+    except Image.UnidentifiedImageError:
+        begins = data[:8].hex(" ")
+        message = f"the image is not a PNG, JPEG or WEBP file (it begins with {begins}); convert it and send it again"
+        raise ApiError(415, "image_format", message, param="image") from None
+    except Image.DecompressionBombError:
+        raise _too_many_pixels("more than Pillow will open", max_pixels) from None
+    except Exception as error:  # Pillow raises many kinds for files that are cut short or forged
+        message = f"the image cannot be decoded ({type(error).__name__}): the file is damaged or cut short"
+        raise ApiError(422, "image_damaged", message, param="image") from None
+
+
+def from_data_url(text: str) -> bytes:
+    """The bytes of ``data:image/...;base64,...``. Raises ``ApiError`` 422."""
+    head, comma, payload = text.partition(",")
+    if not (head.startswith("data:") and head.endswith(";base64") and comma):
+        message = f"image: got text that begins {text[:24]!r}; wanted a data URL, data:image/png;base64,..."
+        raise ApiError(422, "image_not_data_url", message, param="image")
+    try:
+        return base64.b64decode(payload, validate=True)
+    except binascii.Error as error:
+        raise ApiError(422, "image_not_base64", f"image: the data URL is not base64 ({error})", param="image") from None
+
+
+def _check_header(image: Image.Image, max_pixels: int) -> None:
+    width, height = image.size
+    if width * height > max_pixels or max(width, height) > MAX_SIDE:
+        raise _too_many_pixels(f"{width} x {height} pixels", max_pixels)
+    if min(width, height) < MIN_SIDE:
+        message = f"the image is {width} x {height} pixels; each side must be at least {MIN_SIDE}"
+        raise ApiError(422, "image_too_small", message, param="image")
+    if getattr(image, "n_frames", 1) != 1:
+        message = f"the image has {getattr(image, 'n_frames', 1)} frames; send a still picture"
+        raise ApiError(422, "image_animated", message, param="image")
+
+
+def _too_many_pixels(got: str, max_pixels: int) -> ApiError:
+    message = f"the image has {got}; at most {max_pixels} pixels and {MAX_SIDE} a side are taken. Scale it down"
+    return ApiError(422, "image_too_large", message, param="image")
+
+
+def _fit(image: Image.Image, width: int, height: int) -> bytes:
+    upright = ImageOps.exif_transpose(image)
+    if upright.mode in ("RGBA", "LA", "PA") or "transparency" in upright.info:
+        layered = upright.convert("RGBA")
+        upright = Image.alpha_composite(Image.new("RGBA", layered.size, "white"), layered)
+    picture = ImageOps.fit(upright.convert("RGB"), (width, height), Image.Resampling.LANCZOS, centering=(0.5, 0.5))
+    buffer = io.BytesIO()
+    # A new picture from the pixels alone: `info` (EXIF, text, profiles) stays behind.
+    Image.frombytes("RGB", picture.size, picture.tobytes()).save(buffer, "PNG")
+    return buffer.getvalue()

@@ -1,0 +1,291 @@
+"""`JobStore`: the jobs of this service. The record comes first and is the truth; rq is transport."""
+
+from __future__ import annotations
+
+import logging
+import math
+import secrets
+import time
+from typing import cast
+
+from redis import Redis
+from redis.exceptions import RedisError
+from rq import Callback, Queue, Retry
+from rq.exceptions import NoSuchJobError
+from rq.job import Job
+from rq.serializers import JSONSerializer
+
+from service import images
+from service.errors import ApiError
+from service.schema import GenerateFields
+from service.settings import Settings
+from worker.contract import (
+    GENERATE,
+    GENERATE_FAILED,
+    JOBS_KEY,
+    MAX_ATTEMPTS,
+    OUTPUT_SUFFIXES,
+    QUEUE,
+    SECONDS_KEY,
+    ModelCard,
+    Record,
+    Status,
+    input_path,
+    output_path,
+    record_key,
+)
+from worker.records import Records, Refused, active_model, now, ready_workers
+from worker.storage import Storage
+
+log = logging.getLogger(__name__)
+
+_ALPHABET = "0123456789abcdefghjkmnpqrstvwxyz"  # Crockford's base 32, in lower case
+_KEEP_RQ_S = 24 * 3600
+"""How long rq remembers a job that is over. Our record says everything; this is for whoever debugs the queue."""
+
+
+def new_id() -> str:
+    """`vid_` and 26 characters: 48 bits of time in ms, so that ids sort by age, and 80 random bits (as in a ULID)."""
+    number = time.time_ns() // 1_000_000 << 80 | secrets.randbits(80)
+    return "vid_" + "".join(_ALPHABET[number >> shift & 31] for shift in range(125, -1, -5))
+
+
+class JobStore:
+    """Submit, read, cancel, delete; and put right what a crash left between record and queue."""
+
+    def __init__(self, settings: Settings, redis: Redis, queue_redis: Redis, storage: Storage) -> None:
+        """``redis`` decodes responses; ``queue_redis`` (for rq) does not."""
+        self._settings = settings
+        self._redis = redis
+        self._storage = storage
+        self.records = Records(redis)
+        self._queue = Queue(QUEUE, connection=queue_redis, serializer=JSONSerializer)
+
+    # --- submit ---------------------------------------------------------------------------------------------------
+
+    def submit(self, fields: GenerateFields, image: bytes) -> Record:
+        """Check a request, keep its image, write its record, enqueue it. A refused request leaves nothing behind.
+
+        Raises:
+            ApiError: what is wrong with the request, or why no job can be taken now.
+        """
+        card = self._model(fields)
+        prompt = self._prompt(card, fields.prompt)
+        self._check_room()
+        picture = images.clean(image, card.video.width, card.video.height, self._settings.max_pixels)
+        created_at = now()
+        record = Record(
+            id=new_id(),
+            status=Status.QUEUED,
+            prompt=prompt,
+            seed=secrets.randbits(32) if fields.seed is None else fields.seed,
+            model=card.name,
+            created_at=created_at,
+            expires_at=created_at + 3600 * self._settings.retention_hours,
+        )
+        try:
+            self._storage.write(input_path(record.id), picture)
+            self.records.create(record)
+            self._enqueue(record.id)
+        except BaseException:
+            self._forget(record.id)
+            raise
+        return record
+
+    def _model(self, fields: GenerateFields) -> ModelCard:
+        card = active_model(self._redis)
+        if card is None:
+            message = "no worker has been ready yet, so no model is known; try again when /readyz answers 200"
+            raise ApiError(503, "no_model", message, retry_after_s=5)
+        if fields.model not in (None, card.name):
+            message = f"model: got {fields.model!r}; the model that is active is {card.name!r}"
+            raise ApiError(422, "unknown_model", message, param="model")
+        if fields.steps not in (None, card.num_inference_steps):
+            message = f"steps: got {fields.steps}; {card.name} was made for {card.num_inference_steps} steps and no other"
+            raise ApiError(422, "steps_not_supported", message, param="steps")
+        return card
+
+    @staticmethod
+    def _prompt(card: ModelCard, text: str) -> str:
+        try:
+            return card.prompt.canonical(text)
+        except ValueError as error:
+            raise ApiError(422, "prompt_not_understood", f"prompt: {error}", param="prompt") from None
+
+    def _check_room(self) -> None:
+        waiting = self._queue.count
+        if waiting >= self._settings.max_queued:
+            message = f"{waiting} jobs are waiting, and at most {self._settings.max_queued} may; try again later"
+            raise ApiError(503, "queue_full", message, retry_after_s=self._retry_after_s(waiting))
+        free = self._storage.free_bytes()
+        if free is not None and free < self._settings.min_free_bytes:
+            message = "the disk is nearly full, so no new video can be kept; an administrator has to make room"
+            raise ApiError(507, "disk_full", message, retry_after_s=120)
+
+    def _retry_after_s(self, waiting: int) -> int:
+        seconds = self._seconds_per_job(active_model(self._redis)) or 5.0
+        # A tenth of the queue gone is a fair chance; beyond 120 s common clients give up instead of waiting.
+        return max(1, min(120, math.ceil(seconds * waiting / 10)))
+
+    def _enqueue(self, job_id: str) -> None:
+        self._queue.enqueue(
+            GENERATE,
+            job_id,
+            job_id=job_id,
+            retry=Retry(max=MAX_ATTEMPTS - 1),
+            on_failure=Callback(GENERATE_FAILED),
+            job_timeout=self._settings.job_timeout_s,
+            result_ttl=600,
+            failure_ttl=_KEEP_RQ_S,
+            description=job_id,
+        )
+
+    def _forget(self, job_id: str) -> None:
+        """Take back a half-made job, as far as what failed lets us; what remains the sweep and `reconcile` find."""
+        try:
+            self._drop_from_queue(job_id)
+            self.records.delete(job_id)
+        except RedisError:
+            log.warning("%s: could not be taken back, Redis does not answer", job_id)
+        self._storage.delete(input_path(job_id))
+
+    # --- read -----------------------------------------------------------------------------------------------------
+
+    def get(self, job_id: str) -> Record:
+        """One record. Raises ``ApiError`` 404."""
+        record = self.records.get(job_id)
+        if record is None:
+            raise ApiError(404, "not_found", f"there is no generation {job_id!r}")
+        return record
+
+    def page(self, limit: int, after: str | None) -> tuple[list[Record], bool]:
+        """``limit`` records from the newest on, those after ``after``; and whether there are more."""
+        start = 0
+        if after is not None:
+            rank = self._redis.zrevrank(JOBS_KEY, after)
+            if rank is None:
+                raise ApiError(422, "unknown_cursor", f"after: there is no generation {after!r}", param="after")
+            start = cast(int, rank) + 1
+        ids = cast(list[str], self._redis.zrevrange(JOBS_KEY, start, start + limit))
+        found = [record for job_id in ids[:limit] if (record := self.records.get(job_id))]
+        return found, len(ids) > limit
+
+    def outlook(self, record: Record) -> tuple[int | None, float | None]:
+        """Place in the queue (1 is next) and seconds until done, each None when it is not known or not due."""
+        if record.status.is_terminal:
+            return None, None
+        seconds = self._seconds_per_job(active_model(self._redis))
+        if record.status is not Status.QUEUED:
+            return None, None if seconds is None else round(seconds * (1 - record.progress), 2)
+        index = self._queue.get_job_position(record.id)
+        position = None if index is None else index + 1
+        if seconds is None or position is None:
+            return position, None
+        rounds = math.ceil(position / max(1, len(ready_workers(self._redis))))
+        return position, round(seconds * (rounds + 0.5), 2)  # whoever is running now is half done on average
+
+    def _seconds_per_job(self, card: ModelCard | None) -> float | None:
+        text = cast(str | None, self._redis.hget(SECONDS_KEY, card.sha256)) if card else None
+        return float(text) if text else None
+
+    # --- cancel and delete ----------------------------------------------------------------------------------------
+
+    def cancel(self, job_id: str) -> Record:
+        """Cancel at once while queued, at the next step while running; a job that is over is left as it is.
+
+        Raises:
+            ApiError: 404 no such job, 409 it is over and was not cancelled.
+        """
+        record = self.get(job_id)
+        try:
+            record = self.records.change(record, (Status.QUEUED,), status=Status.CANCELLED, finished_at=now())
+            self._drop_from_queue(job_id)
+            return record
+        except Refused:
+            pass
+        try:
+            return self.records.change(record, (Status.RUNNING, Status.CANCELLING), status=Status.CANCELLING)
+        except Refused as refused:
+            if refused.found == Status.CANCELLED:
+                return self.get(job_id)
+            raise ApiError(409, "already_over", f"{job_id} has {refused.found} and cannot be cancelled") from None
+
+    def delete(self, job_id: str, patience_s: float = 15.0) -> None:
+        """Remove a job and its files; one that is running is cancelled first.
+
+        Raises:
+            ApiError: 404 no such job, 409 its worker has not let go of it in ``patience_s``.
+        """
+        record = self.get(job_id)
+        if not record.status.is_terminal:
+            try:
+                record = self.cancel(job_id)
+            except ApiError:
+                record = self.get(job_id)  # it ended in between
+        deadline = time.monotonic() + patience_s
+        while not record.status.is_terminal:
+            if time.monotonic() > deadline:
+                raise ApiError(409, "still_running", f"{job_id} is being cancelled; delete it again in a moment")
+            time.sleep(0.1)
+            record = self.get(job_id)
+        self._remove_files(job_id)
+        self._drop_from_queue(job_id)
+        self.records.delete(job_id)
+
+    def _remove_files(self, job_id: str) -> None:
+        for path in (input_path(job_id), *(output_path(job_id, suffix) for suffix in OUTPUT_SUFFIXES)):
+            self._storage.delete(path)
+
+    def _drop_from_queue(self, job_id: str) -> None:
+        try:
+            Job.fetch(job_id, connection=self._queue.connection, serializer=JSONSerializer).delete()
+        except NoSuchJobError:
+            pass
+
+    # --- upkeep ---------------------------------------------------------------------------------------------------
+
+    def reconcile(self) -> int:
+        """Enqueue again what is recorded as queued and unknown to rq: its service died in between. Returns how many."""
+        mended = 0
+        ids = cast(list[str], self._redis.zrange(JOBS_KEY, 0, -1))
+        with self._redis.pipeline(transaction=False) as pipeline:
+            for job_id in ids:
+                pipeline.hget(record_key(job_id), "status")
+            statuses = pipeline.execute()
+        for job_id, status in zip(ids, statuses, strict=True):
+            if status is None:
+                self._redis.zrem(JOBS_KEY, job_id)  # its record has run out
+            if status != Status.QUEUED:
+                continue
+            record = self.records.get(job_id)
+            # A moment's grace: the record of a request in flight comes before its place in the queue.
+            if record is None or now() - record.created_at < 10:
+                continue
+            if not Job.exists(job_id, connection=self._queue.connection):
+                log.warning("%s was recorded and not queued; queued again", job_id)
+                self._enqueue(job_id)
+                mended += 1
+        return mended
+
+    def sweep(self) -> int:
+        """Remove the files of what has expired; its record still answers for a while. Returns how many."""
+        swept = 0
+        over = (Status.SUCCEEDED, Status.FAILED, Status.CANCELLED)
+        oldest_kept = now() - 3600 * self._settings.retention_hours
+        for job_id in cast(list[str], self._redis.zrange(JOBS_KEY, "-inf", oldest_kept, byscore=True)):
+            record = self.records.get(job_id)
+            if record is None or record.status not in over or record.expires_at > now():
+                continue
+            try:
+                self.records.change(record, over, status=Status.EXPIRED)
+            except Refused:
+                continue
+            self._remove_files(job_id)
+            swept += 1
+        return swept
+
+    def upkeep(self) -> None:
+        """`reconcile` and `sweep`, by one service at a time."""
+        if self._redis.set("flg:upkeep", "1", nx=True, ex=25):
+            self.reconcile()
+            self.sweep()

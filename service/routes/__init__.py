@@ -1,0 +1,1 @@
+"""One file for each kind of resource; a route is a few lines."""

@@ -1,0 +1,138 @@
+"""What a client asks and sees."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+from typing import Annotated
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from worker.contract import ModelCard, Phase, Record, Seed, Status
+
+
+class GenerateFields(BaseModel):
+    """The fields of `POST /generate` beside the image. What is not listed here is refused."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    prompt: Annotated[str, Field(max_length=2000, description="What should happen; see the model's prompt help")]
+    seed: Seed | None = Field(default=None, description="Of the starting noise; drawn at random when absent")
+    model: str | None = Field(default=None, description="Name of the model; there is one active at a time")
+    steps: int | None = Field(default=None, description="Only the model's own number of steps is possible")
+
+
+class ErrorBody(BaseModel):
+    """The inside of the error envelope."""
+
+    message: str
+    type: str
+    param: str | None = None
+    code: str
+
+
+class ErrorEnvelope(BaseModel):
+    """Every 4xx and 5xx."""
+
+    error: ErrorBody
+
+
+class Links(BaseModel):
+    """Where to go from here."""
+
+    self: str
+    events: str
+    cancel: str
+
+
+class Generation(BaseModel):
+    """One job as its owner sees it."""
+
+    id: str
+    object: str = "generation"
+    status: Status
+    phase: Phase | None = None
+    progress: float = Field(description="Share of the work done, 0 to 1")
+    queue_position: int | None = Field(default=None, description="1 is next; only while queued")
+    eta_seconds: float | None = Field(default=None, description="Until it is done; None when nothing is known yet")
+    prompt: str
+    video_url: str | None = None
+    thumbnail_url: str | None = None
+    manifest_url: str | None = None
+    error: ErrorBody | None = None
+    model: str
+    seed: int
+    created_at: datetime
+    started_at: datetime | None = None
+    finished_at: datetime | None = None
+    expires_at: datetime
+    links: Links
+
+
+class GenerationPage(BaseModel):
+    """One page of a listing, newest first; pass ``last_id`` as ``after`` for the next."""
+
+    data: list[Generation]
+    has_more: bool
+    last_id: str | None
+
+
+class Models(BaseModel):
+    """The models that can be asked for."""
+
+    data: list[ModelCard]
+
+
+class Example(BaseModel):
+    """A picture with a sentence that fits it."""
+
+    name: str
+    image_url: str
+    prompt: str
+
+
+class Examples(BaseModel):
+    """What the playground offers to start from."""
+
+    data: list[Example]
+
+
+class Readiness(BaseModel):
+    """Whether jobs can be taken; if not, every cause."""
+
+    status: str
+    causes: list[str] = []
+
+
+def generation(record: Record, origin: str, position: int | None = None, eta_seconds: float | None = None) -> Generation:
+    """The client's view of a record. ``origin`` begins every link, without a slash at its end."""
+    done = record.status is Status.SUCCEEDED
+    working = record.status in (Status.RUNNING, Status.CANCELLING)
+    failed = record.error_code is not None and record.status is Status.FAILED
+    video = f"{origin}/videos/{record.id}"
+    this = f"{origin}/generate/{record.id}"
+    return Generation(
+        id=record.id,
+        status=record.status,
+        phase=record.phase if working else None,
+        progress=record.progress,
+        queue_position=position,
+        eta_seconds=eta_seconds,
+        prompt=record.prompt,
+        video_url=f"{video}.mp4" if done else None,
+        thumbnail_url=f"{video}.jpg" if done else None,
+        manifest_url=f"{video}.json" if done else None,
+        error=ErrorBody(message=record.error_message or "", type="generation_error", code=record.error_code or "")
+        if failed
+        else None,
+        model=record.model,
+        seed=record.seed,
+        created_at=_moment(record.created_at),
+        started_at=_moment(record.started_at) if record.started_at else None,
+        finished_at=_moment(record.finished_at) if record.finished_at else None,
+        expires_at=_moment(record.expires_at),
+        links=Links(self=this, events=f"{this}/events", cancel=f"{this}/cancel"),
+    )
+
+
+def _moment(seconds: float) -> datetime:
+    return datetime.fromtimestamp(seconds, UTC)

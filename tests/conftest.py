@@ -1,0 +1,57 @@
+"""Fixtures that several folders of tests share."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import pytest
+
+from tests.stack import RedisServer, Stack
+
+OUR_VARIABLES = ("REDIS_URL", "STORAGE_URL", "PUBLIC_URL", "HOST", "PORT", "MODEL", "DEVICE", "MAX_QUEUED", "LEASE_S")
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _clean_environment() -> Iterator[None]:
+    """What a developer has set must not change what the tests see."""
+    patch = pytest.MonkeyPatch()
+    for name in OUR_VARIABLES:
+        patch.delenv(name, raising=False)
+    patch.setenv("HF_HUB_OFFLINE", "1")
+    yield
+    patch.undo()
+
+
+@pytest.fixture(scope="session")
+def redis_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RedisServer]:
+    """A real Redis for tests that start no worker."""
+    server = RedisServer(tmp_path_factory.mktemp("redis"))
+    server.start()
+    yield server
+    server.stop()
+
+
+@pytest.fixture(scope="session")
+def stack(tmp_path_factory: pytest.TempPathFactory, _clean_environment: None) -> Iterator[Stack]:
+    """Redis, worker with the bundled model, service: started once for the whole session."""
+    running = Stack(tmp_path_factory.mktemp("stack"))
+    try:
+        running.start()
+        yield running
+    finally:
+        running.stop()
+
+
+@pytest.fixture
+def client(stack: Stack) -> Iterator[httpx.Client]:
+    """An HTTP client of the running stack."""
+    with httpx.Client(base_url=stack.url, timeout=90) as http:
+        yield http
+
+
+@pytest.fixture(scope="session")
+def example_image() -> Path:
+    """The picture of the README's curl."""
+    return Path(__file__).resolve().parent.parent / "models" / "examples" / "red-circle.png"

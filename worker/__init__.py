@@ -1,0 +1,1 @@
+"""Owns the model: takes jobs from the queue, makes the videos."""

@@ -1,0 +1,132 @@
+"""`GpuWorker`: an rq worker that keeps the model in its process.
+
+rq's own `Worker` forks for every job, which CUDA does not survive; its `SimpleWorker` stays in one process but beats no heart
+during a job and cannot stop one. Added here: a lease that a thread renews, a cooperative stop, an allow-list of functions,
+and a heartbeat of our own that says more than rq's.
+"""
+
+from __future__ import annotations
+
+import logging
+import secrets
+import signal
+import threading
+from collections.abc import Callable
+from typing import Any
+
+from redis import Redis
+from redis.exceptions import RedisError
+from rq import Queue, SimpleWorker
+from rq.executions import Execution
+from rq.job import Job
+from rq.serializers import JSONSerializer
+from rq.worker import WorkerStatus
+
+from worker.contract import ALLOWED_FUNCTIONS, QUEUE, Heartbeat, WorkerState, worker_key
+from worker.jobs import Runtime
+from worker.records import now
+
+log = logging.getLogger(__name__)
+
+
+class ForbiddenFunction(Exception):
+    """The queue named a function that is not ours to run."""
+
+
+class VideoJob(Job):
+    """A job that runs nothing but what the contract lists: with any serializer, the queue could name `os.system`."""
+
+    @property
+    def func(self) -> Callable[..., Any]:
+        """The function to call. Raises ``ForbiddenFunction``."""
+        if self.func_name not in ALLOWED_FUNCTIONS:
+            raise ForbiddenFunction(f"{self.func_name!r} is not one of {sorted(ALLOWED_FUNCTIONS)}")
+        function: Callable[..., Any] = super().func
+        return function
+
+
+def make_queue(redis: Redis) -> Queue:
+    """The one queue. ``redis`` must not decode responses."""
+    return Queue(QUEUE, connection=redis, serializer=JSONSerializer, job_class=VideoJob)
+
+
+def unique_name() -> str:
+    """A name for a worker that no restart will meet again (rq refuses a name that a killed worker still holds)."""
+    return f"worker-{secrets.token_hex(4)}"
+
+
+class Pulse(threading.Thread):
+    """Writes the worker's heartbeat, and renews the lease of the job it is running, from before it is ready to its end."""
+
+    def __init__(self, redis: Redis, heartbeat: Heartbeat, lease_s: int) -> None:
+        super().__init__(name="pulse", daemon=True)
+        self._redis = redis
+        self._heartbeat = heartbeat
+        self._lease_s = lease_s
+        self._ended = threading.Event()
+        self.renew: Callable[[], None] | None = None
+
+    def show(self, **changes: Any) -> None:
+        """Change what the heartbeat says, and say it now."""
+        self._heartbeat = self._heartbeat.model_copy(update=changes)
+        self._beat()
+
+    def run(self) -> None:
+        """Four beats in a lease: three may be lost."""
+        while not self._ended.wait(self._lease_s / 4):
+            self._beat()
+
+    def end(self) -> None:
+        """Stop beating and take the heartbeat away: the worker is gone."""
+        self._ended.set()
+        self._redis.delete(worker_key(self._heartbeat.name))
+
+    def _beat(self) -> None:
+        try:
+            text = self._heartbeat.model_copy(update={"seen_at": now()}).model_dump_json()
+            self._redis.set(worker_key(self._heartbeat.name), text, ex=self._lease_s)
+            if renew := self.renew:
+                renew()
+        except RedisError as error:
+            log.warning("no heartbeat written: %s", error)
+
+
+class GpuWorker(SimpleWorker):
+    """One process, one model, one job at a time."""
+
+    job_class = VideoJob
+
+    def __init__(self, redis: Redis, runtime: Runtime, pulse: Pulse, lease_s: int) -> None:
+        super().__init__(
+            [make_queue(redis)],
+            name=runtime.name,
+            connection=redis,
+            serializer=JSONSerializer,
+            job_class=VideoJob,
+            maintenance_interval=max(lease_s // 4, 1),
+            worker_ttl=max(lease_s // 4, 1) + 15,  # rq waits worker_ttl - 15 s for a job, then sees to maintenance
+            log_job_description=False,
+        )
+        self._runtime = runtime
+        self._pulse = pulse
+        self._lease_s = lease_s
+
+    def get_heartbeat_ttl(self, job: Job, working_time: float = 0.0) -> int:  # noqa: ARG002
+        """Seconds until a job is given up for lost if its lease is not renewed."""
+        return self._lease_s
+
+    def execute_job(self, job: Job, queue: Queue) -> None:
+        """Run one job in this process, its lease renewed by the pulse."""
+        execution: Execution = self.prepare_execution(job)
+        self._pulse.renew = lambda: self.maintain_heartbeats(job, execution)
+        self._pulse.show(state=WorkerState.BUSY)
+        try:
+            self.perform_job(job, queue, execution)
+        finally:
+            self._pulse.renew = None
+            self._pulse.show(state=WorkerState.STOPPING if self._stop_requested else WorkerState.READY)
+        self.set_state(WorkerStatus.IDLE)
+
+    def kill_horse(self, sig: signal.Signals = signal.SIGKILL) -> None:  # noqa: ARG002
+        """rq's stop-job command: there is no horse to kill, so ask the job to end at its next step."""
+        self._runtime.stop_job.set()

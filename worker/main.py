@@ -1,0 +1,81 @@
+"""`python -m worker`: load the model, warm up, then take jobs. Nothing is taken before the model has made a clip."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+
+import torch
+from pydantic import ValidationError
+
+from distill.student import FolderError
+from worker import jobs
+from worker.contract import ACTIVE_MODEL_KEY, Heartbeat, WorkerState
+from worker.gpu_worker import GpuWorker, Pulse, unique_name
+from worker.pipeline import VideoPipeline
+from worker.records import Records, connect, now
+from worker.settings import Settings
+from worker.storage import Storage
+
+log = logging.getLogger("worker")
+
+
+def main() -> int:
+    """Run until SIGTERM; the job at hand is finished first. Exit code 2: a setting or the model folder is wrong."""
+    logging.basicConfig(level="INFO", stream=sys.stderr, format="%(asctime)s worker  %(levelname)s %(message)s")
+    try:
+        settings = Settings()
+    except ValidationError as error:
+        for problem in error.errors():
+            name = ".".join(str(part) for part in problem["loc"]).upper()
+            print(f"error: {name}={problem['input']}: {problem['msg']}", file=sys.stderr)
+        return 2
+    device = settings.device
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+
+    name = unique_name()
+    redis = connect(settings.redis_url)
+    started = now()
+    heartbeat = Heartbeat(
+        name=name,
+        state=WorkerState.LOADING,
+        model=settings.model.name,
+        model_sha256="",
+        engine="",
+        started_at=started,
+        seen_at=started,
+    )
+    pulse = Pulse(redis, heartbeat, settings.lease_s)
+    pulse.show()
+    pulse.start()
+    try:
+        pipeline = VideoPipeline(settings.model, device=device, threads=settings.torch_threads)
+        timings = pipeline.warm_up().timings_s
+    except FolderError as error:
+        print(f"error: {error}", file=sys.stderr)
+        pulse.end()
+        return 2
+    phases = ", ".join(f"{phase} {seconds:.2f} s" for phase, seconds in timings.items())
+    log.info("%s ready in %.1f s: %s", settings.model.name, now() - started, phases)
+
+    runtime = jobs.Runtime(name, pipeline, Records(redis), Storage(settings.storage_url))
+    jobs.install(runtime)
+    card = pipeline.model_card
+    redis.set(ACTIVE_MODEL_KEY, card.model_dump_json())
+    worker = GpuWorker(connect(settings.redis_url, text=False), runtime, pulse, settings.lease_s)
+    pulse.show(state=WorkerState.READY, model=card.name, model_sha256=card.sha256, engine=pipeline.engine)
+    try:
+        worker.work(logging_level="WARNING")
+    finally:
+        pulse.end()
+    return 0
+
+
+def run() -> None:
+    """Leave without Python's slow tear-down of torch once everything is said."""
+    code = main()
+    logging.shutdown()
+    sys.stderr.flush()
+    os._exit(code)

@@ -1,0 +1,38 @@
+"""The worker's settings, read from the environment once, at start. Bad values are refused there."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field, field_validator
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+MODELS_DIR = Path(__file__).resolve().parent.parent / "models"
+
+
+class Settings(BaseSettings):
+    """Each field is the environment variable of the same name in capitals."""
+
+    model_config = SettingsConfigDict(frozen=True, extra="ignore")
+
+    redis_url: str = "redis://127.0.0.1:6379/0"
+    storage_url: str = "var/storage"
+    model: Path = Path("shapes-teacher")
+    """A folder under `models/`, or a path to one."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    torch_threads: int = Field(default=os.cpu_count() or 1, ge=1)
+    lease_s: int = Field(default=60, ge=4)
+    """A job whose worker has been silent for so long is given to another."""
+    job_timeout_s: int = Field(default=1800, ge=1)
+
+    @field_validator("model")
+    @classmethod
+    def _find_model(cls, value: Path) -> Path:
+        for folder in (value, MODELS_DIR / value):
+            if (folder / "model_index.json").is_file():
+                return folder
+        raise ValueError(
+            f"MODEL={value} is no model folder: there is no {value}/model_index.json here or under {MODELS_DIR.name}/"
+        )
