@@ -1,7 +1,7 @@
 """What a run is made of: frozen models, one per stage, no defaults that mean "not set". pydantic only, no torch.
 
-A recipe (`distill.recipes`) returns one of these; `--set a.b=c` changes a field of it; the resolved one is written into the
-run's folder.
+A recipe (`distill.recipes`) returns one of these; `--set a.b=c` changes a field of it; the resolved one is written into
+the run's folder.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """`fit()`: one training loop that knows no algorithm: optimiser, EMA, checkpoints, exact resume, logs.
 
-A step's randomness depends on (seed, stage, step) alone, so a resumed run is the same run. Checkpoints are written aside
-and renamed. SIGTERM or Ctrl-C write one and raise ``Interrupted``: the same command goes on from there.
+A step's randomness depends on (seed, stage, step) alone, so a resumed run is the same run. Checkpoints are written
+aside and renamed. SIGTERM or Ctrl-C write one and raise ``Interrupted``: the same command goes on from there.
 """
 
 from __future__ import annotations
@@ -51,7 +51,8 @@ class Run:
 
     def say(self, line: str) -> None:
         """One line of progress for a person."""
-        print(line, file=sys.stderr, flush=True)
+        sys.stderr.write(line + "\n")
+        sys.stderr.flush()
 
     def generator(self, stage: str, step: int) -> torch.Generator:
         """The random numbers of one step."""

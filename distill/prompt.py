@@ -1,7 +1,8 @@
 """What a model understands: a closed grammar of prompt parts, or free text.
 
-A student folder carries one of these as data (``student.json``, field ``prompt``), so the service can refuse an unknown
-word with a 422 and the playground can draw its chips without knowing any model. Reading half of ``distill``: pydantic only.
+A student folder carries one of these as data (``student.json``, field ``prompt``), so the service can refuse an
+unknown word with a 422 and the playground can draw its chips without knowing any model. Reading half of ``distill``:
+pydantic only.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ class Part(BaseModel):
 
 
 class Exclusion(BaseModel):
-    """Choices that do not go together: the sentence is refused when *every* named part has one of the listed choices."""
+    """Choices that do not go together: refused when *every* named part has one of the choices listed for it."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 

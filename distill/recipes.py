@@ -8,7 +8,7 @@ from distill.config import CallConfig, ConfigError, FitConfig, TeachConfig, Tran
 def teach_shapes() -> TeachConfig:
     """A teacher of the procedural world `shapes`: about two hours on two cores, minutes on a GPU."""
     frames = FitConfig(
-        steps=4500,
+        steps=3300,
         batch=8,
         learning_rate=5e-4,
         warmup_steps=50,
@@ -18,7 +18,7 @@ def teach_shapes() -> TeachConfig:
         ema_decay=0.0,
         log_every=50,
         checkpoint_every=250,
-        sample_every=1500,
+        sample_every=1100,
     )
     return TeachConfig(
         name="shapes-teacher",
@@ -30,8 +30,8 @@ def teach_shapes() -> TeachConfig:
             frames=frames,
             clips=frames.model_copy(
                 update=dict(
-                    steps=1500, batch=2, learning_rate=4e-4, ema_decay=0.99, log_every=25, checkpoint_every=100,
-                    sample_every=500,
+                    steps=1200, batch=2, learning_rate=4e-4, ema_decay=0.99, log_every=25, checkpoint_every=100,
+                    sample_every=400,
                 )
             ),
         ),
@@ -48,8 +48,8 @@ def teach_shapes() -> TeachConfig:
             num_clips=6000,
             fit=frames.model_copy(
                 update=dict(
-                    steps=1700, batch=32, learning_rate=6e-4, warmup_steps=100, weight_decay=0.01, ema_decay=0.995,
-                    log_every=25, checkpoint_every=200, sample_every=500,
+                    steps=1800, batch=32, learning_rate=6e-4, warmup_steps=100, weight_decay=0.01, ema_decay=0.995,
+                    log_every=25, checkpoint_every=200, sample_every=400,
                 )
             ),
         ),

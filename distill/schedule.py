@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 def shift(sigma: Tensor, factor: float) -> Tensor:
-    """Move noise levels towards 1: k s / (1 + (k - 1) s) (Esser et al. 2024, equation 23). Any shape, sigma in [0, 1]."""
+    """Move noise levels in [0, 1] towards 1: k s / (1 + (k - 1) s) (Esser et al. 2024, equation 23). Any shape."""
     return factor * sigma / (1 + (factor - 1) * sigma)
 
 

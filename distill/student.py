@@ -1,8 +1,8 @@
 """The student folder: a plain diffusers pipeline folder, and beside it one JSON card (design.md section 3).
 
-`student.json` (or `teacher.json` for a teacher) says what the folder is, how to call it, what prompts it understands and
-the sha256 of every file it depends on. Reading checks all of it: a wrong hash, a missing file or a transformer whose
-`num_layers` does not fit its weights is an error that says which.
+`student.json` (or `teacher.json` for a teacher) says what the folder is, how to call it, what prompts it understands
+and the sha256 of every file it depends on. Reading checks all of it: a wrong hash, a missing file or a transformer
+whose `num_layers` does not fit its weights is an error that says which.
 """
 
 from __future__ import annotations
@@ -117,7 +117,7 @@ def _check_num_layers(folder: Path) -> None:
     configured = json.loads((folder / "transformer" / "config.json").read_text())["num_layers"]
     weights = folder / "transformer" / "diffusion_pytorch_model.safetensors"
     with safe_open(weights, framework="numpy") as tensors:
-        found = {int(name.split(".")[1]) for name in tensors.keys() if name.startswith("blocks.")}  # noqa: SIM118
+        found = {int(name.split(".")[1]) for name in tensors.keys() if name.startswith("blocks.")}
     if found != set(range(configured)):
         raise FolderError(
             f"{folder / 'transformer/config.json'} says num_layers {configured}, and {weights.name} holds blocks "

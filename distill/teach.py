@@ -1,7 +1,7 @@
 """`python -m distill teach shapes FOLDER`: a small image-to-video teacher, from nothing, on any machine.
 
-The parts of a stock `WanImageToVideoPipeline` (Wan2.2-TI2V style) at tiny size, trained in this order, each skipped when
-its result is already in the folder:
+The parts of a stock `WanImageToVideoPipeline` (Wan2.2-TI2V style) at tiny size, trained in this order, each skipped
+when its result is already in the folder:
 
 1. the video autoencoder, on single frames and then on whole clips;
 2. latents of the training clips, encoded once, and their mean and deviation;
@@ -15,14 +15,15 @@ import json
 import os
 import shutil
 import time
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers.models.autoencoders.autoencoder_kl_wan import WanCausalConv3d
 from diffusers import AutoencoderKLWan, FlowMatchEulerDiscreteScheduler, WanImageToVideoPipeline, WanTransformer3DModel
+from diffusers.models.autoencoders.autoencoder_kl_wan import WanCausalConv3d
 from safetensors.torch import load_file, save_file
-from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
 
@@ -115,9 +116,9 @@ def make_vae(config: VaeConfig) -> AutoencoderKLWan:
 def inflate(vae: AutoencoderKLWan) -> None:
     """Begin as an image autoencoder that treats each frame alone (inflation, Carreira and Zisserman 2017).
 
-    A causal convolution that has only seen single frames has only trained the tap of the present frame; the taps of the
-    past would come in as noise with the first clip. They begin at zero, and the resampling in time begins by keeping the
-    last frame (down) and repeating it (up), so what was learnt on frames is where the clips start.
+    A causal convolution that has only seen single frames has only trained the tap of the present frame; the taps of
+    the past would come in as noise with the first clip. They begin at zero, and the resampling in time begins by
+    keeping the last frame (down) and repeating it (up), so what was learnt on frames is where the clips start.
     """
     for module in vae.modules():
         if not isinstance(module, WanCausalConv3d):
@@ -218,9 +219,10 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
     pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), (",", -2.0), ("▁", -3.0)]
     pieces += [(f"▁{word}", -2.0) for word in words] + [(letter, -8.0) for letter in letters]
     tokenizer = Tokenizer(models.Unigram(pieces, unk_id=2))
-    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
     tokenizer.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>", unk_token="<unk>")
+    special = {"pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>"}
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special)
 
 
 class Networks(nn.Module):
@@ -297,7 +299,11 @@ def teach_transformer(
 
 @torch.no_grad()
 def generate(
-    vae: AutoencoderKLWan, tokenizer: PreTrainedTokenizerFast, networks: Networks, clips: shapes.Clips, config: TeachConfig
+    vae: AutoencoderKLWan,
+    tokenizer: PreTrainedTokenizerFast,
+    networks: Networks,
+    clips: shapes.Clips,
+    config: TeachConfig,
 ) -> Tensor:
     """Videos for the first frames and captions of ``clips``: Euler steps without guidance, all clips in one batch."""
     scheduler = make_scheduler(config)
@@ -306,10 +312,11 @@ def generate(
     prompts = [str(c) for c in clips.captions]
     text_BLD = wan.encode_text(tokenizer, networks.text_encoder, prompts, config.transformer.max_sequence_length)
     frames = 1 + (shapes.NUM_FRAMES - 1) // 4
-    noise = torch.randn(first_BC1HW.shape[:2] + (frames,) + first_BC1HW.shape[3:], generator=torch.Generator().manual_seed(0))
-    x_BCTHW = noise
-    for sigma, after in zip(scheduler.sigmas, scheduler.sigmas[1:]):
-        velocity = wan.predict_velocity(networks.transformer, x_BCTHW, sigma.expand(len(prompts)), first_BC1HW, text_BLD)
+    batch, channels, _, height, width = first_BC1HW.shape
+    x_BCTHW = torch.randn(batch, channels, frames, height, width, generator=torch.Generator().manual_seed(0))
+    for sigma, after in pairwise(scheduler.sigmas):
+        sigma_B = sigma.expand(batch)
+        velocity = wan.predict_velocity(networks.transformer, x_BCTHW, sigma_B, first_BC1HW, text_BLD)
         x_BCTHW = x_BCTHW + (after - sigma) * velocity
     return wan.decode_latents(vae, torch.cat([first_BC1HW, x_BCTHW[:, :, 1:]], dim=2))
 
@@ -337,10 +344,8 @@ def save(
         transformer=networks.transformer,
         expand_timesteps=True,
     )
-    counts = {
-        name: sum(p.numel() for p in part.parameters())
-        for name, part in {"transformer": networks.transformer, "text_encoder": networks.text_encoder, "vae": vae}.items()
-    }
+    parts = {"transformer": networks.transformer, "text_encoder": networks.text_encoder, "vae": vae}
+    counts = {name: sum(p.numel() for p in part.parameters()) for name, part in parts.items()}
     pipeline.to(torch.float16)
     pipeline.save_pretrained(aside)
     scheduler.set_timesteps(config.call.num_inference_steps)
@@ -375,7 +380,8 @@ def shapes_prompt() -> Prompt:
     """The world's grammar as the card carries it."""
     return Prompt(
         kind="grammar",
-        help="a {colour} {shape} {motion}[ {pace}][, {camera}][, and a {shape} enters]; what is left out is left to the model",
+        help="a {colour} {shape} {motion}[ {pace}][, {camera}][, and a {shape} enters]; "
+        "what is left out is left to the model",
         examples=EXAMPLES,
         grammar=shapes.GRAMMAR,
     )

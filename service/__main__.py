@@ -19,7 +19,7 @@ def main() -> int:
     except ValidationError as error:
         for problem in error.errors():
             name = ".".join(str(part) for part in problem["loc"]).upper()
-            print(f"error: {name}={problem['input']}: {problem['msg']}", file=sys.stderr)
+            sys.stderr.write(f"error: {name}={problem['input']}: {problem['msg']}\n")
         return 2
     logging.basicConfig(level="INFO", stream=sys.stderr, format="%(asctime)s service %(levelname)s %(message)s")
     logging.getLogger("uvicorn.access").addFilter(_is_no_probe)

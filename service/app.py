@@ -9,6 +9,7 @@ from contextlib import asynccontextmanager, suppress
 
 from fastapi import FastAPI
 from fastapi.staticfiles import StaticFiles
+from fastapi_swagger import patch_fastapi
 from redis.exceptions import RedisError
 from starlette.concurrency import run_in_threadpool
 
@@ -53,7 +54,12 @@ def create_app(settings: Settings) -> FastAPI:
         summary="An image and a sentence in, the URL of an MP4 out.",
         version="0.1.0",
         lifespan=lifespan,
+        docs_url=None,
+        redoc_url=None,
+        swagger_ui_oauth2_redirect_url=None,
     )
+    # FastAPI's own page loads Swagger UI from a CDN; this one serves it from here.
+    patch_fastapi(app, docs_url="/docs", redirect_from_root_to_docs=False)
     errors.install(app)
     for router in (generate.router, videos.router, health.router, playground.router):
         app.include_router(router)

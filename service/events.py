@@ -9,7 +9,7 @@ from typing import Any, cast
 
 from redis.asyncio import Redis as AsyncRedis
 
-from worker.contract import Record, events_key, record_key
+from worker.contract import Record, Status, events_key, record_key
 
 _BLOCK_MS = 1000
 
@@ -22,8 +22,8 @@ async def follow(redis: AsyncRedis, job_id: str, last_id: str | None = None) -> 
         job_id: a job that exists.
         last_id: begin after this change (`Last-Event-ID`) instead of with the present state.
 
-    While nothing changes the present record comes again every second, so that who listens can show the queue moving. The
-    iterator ends after a terminal state, or when the record is deleted.
+    While nothing changes the present record comes again every second, so that who listens can show the queue moving.
+    The iterator ends after a terminal state, or when the record is deleted.
     """
     cursor = last_id
     if cursor is None:
@@ -42,10 +42,10 @@ async def follow(redis: AsyncRedis, job_id: str, last_id: str | None = None) -> 
         if record is None:
             return
         for cursor, values in answer[0][1] if answer else []:
-            changed = Record.from_hash({**record.to_hash(), **_as_text(json.loads(values["data"]))})
-            yield cursor, record if changed.status.is_terminal else changed
-            if changed.status.is_terminal:
+            if Status(values["status"]).is_terminal:
+                yield cursor, record
                 return
+            yield cursor, _at_that_time(record, values)
         if not answer:
             yield cursor, record
             if record.status.is_terminal:
@@ -67,5 +67,8 @@ async def _read(redis: AsyncRedis, job_id: str) -> Record | None:
     return Record.from_hash(values) if values else None
 
 
-def _as_text(values: dict[str, Any]) -> dict[str, str]:
-    return {name: str(value) for name, value in values.items() if value is not None}
+def _at_that_time(record: Record, entry: dict[str, str]) -> Record:
+    """The record as it was after a change that others have followed."""
+    changed = {name: str(value) for name, value in json.loads(entry["data"]).items() if value is not None}
+    past = Record.from_hash({**record.to_hash(), **changed, "status": entry["status"]})
+    return past.model_copy(update={"finished_at": None, "error_code": None, "error_message": None})

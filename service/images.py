@@ -1,8 +1,9 @@
 """The input firewall: any bytes in, a clean picture of the model's size out, or a 4xx that says what was wrong.
 
-The rule: PNG, JPEG or WEBP, judged by content; one frame; at most ``max_pixels``, asked of the header before anything is
-decoded. EXIF orientation is applied, transparency is laid on white, the picture is cropped around its centre to the model's
-aspect ratio and resized (Lanczos), and written anew as PNG, so no metadata and nothing hidden in the file survives.
+The rule: PNG, JPEG or WEBP, judged by content; one frame; at most ``max_pixels``, asked of the header before anything
+is decoded. EXIF orientation is applied, transparency is laid on white, the picture is cropped around its centre to the
+model's aspect ratio and resized (Lanczos), and written anew as PNG, so no metadata and nothing hidden in the file
+survives.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import binascii
 import io
 import warnings
 
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from service.errors import ApiError
 
@@ -38,7 +39,7 @@ def clean(data: bytes, width: int, height: int, max_pixels: int) -> bytes:
                 return _fit(image, width, height)
     except ApiError:
         raise
-    except Image.UnidentifiedImageError:
+    except UnidentifiedImageError:
         begins = data[:8].hex(" ")
         message = f"the image is not a PNG, JPEG or WEBP file (it begins with {begins}); convert it and send it again"
         raise ApiError(415, "image_format", message, param="image") from None

@@ -101,7 +101,8 @@ class JobStore:
             message = f"model: got {fields.model!r}; the model that is active is {card.name!r}"
             raise ApiError(422, "unknown_model", message, param="model")
         if fields.steps not in (None, card.num_inference_steps):
-            message = f"steps: got {fields.steps}; {card.name} was made for {card.num_inference_steps} steps and no other"
+            own = card.num_inference_steps
+            message = f"steps: got {fields.steps}; {card.name} was made for {own} steps and no other"
             raise ApiError(422, "steps_not_supported", message, param="steps")
         return card
 

@@ -103,7 +103,9 @@ class Readiness(BaseModel):
     causes: list[str] = []
 
 
-def generation(record: Record, origin: str, position: int | None = None, eta_seconds: float | None = None) -> Generation:
+def generation(
+    record: Record, origin: str, position: int | None = None, eta_seconds: float | None = None
+) -> Generation:
     """The client's view of a record. ``origin`` begins every link, without a slash at its end."""
     done = record.status is Status.SUCCEEDED
     working = record.status in (Status.RUNNING, Status.CANCELLING)

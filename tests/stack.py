@@ -53,10 +53,10 @@ class RedisServer:
         config = self.folder / "redis.conf"
         config.write_text(
             f"bind 127.0.0.1\nport {self.port}\nrequirepass {self.password}\ndir {self.folder}\n"
-            "appendonly yes\nappendfsync everysec\nsave \"\"\nmaxmemory-policy noeviction\n"
+            'appendonly yes\nappendfsync everysec\nsave ""\nmaxmemory-policy noeviction\n'
         )
-        log = (self.folder / "redis.log").open("ab")
-        self.process = subprocess.Popen([redis_binary(), str(config)], stdout=log, stderr=log)
+        with (self.folder / "redis.log").open("ab") as log:
+            self.process = subprocess.Popen([redis_binary(), str(config)], stdout=log, stderr=log)
         client = redis.Redis.from_url(self.url)
         wait_for(lambda: _answers(client), 20, "Redis to answer")
         client.close()
@@ -111,10 +111,9 @@ class Stack:
 
     def spawn(self, module: str) -> subprocess.Popen[bytes]:
         """Start `python -m module`, its output in the stack's folder."""
-        log = (self.folder / f"{module}.log").open("ab")
-        process = subprocess.Popen(
-            [sys.executable, "-m", module], cwd=self.root, env=self.environment, stdout=log, stderr=log
-        )
+        with (self.folder / f"{module}.log").open("ab") as log:
+            command = [sys.executable, "-m", module]
+            process = subprocess.Popen(command, cwd=self.root, env=self.environment, stdout=log, stderr=log)
         self.processes[module] = process
         return process
 

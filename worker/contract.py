@@ -153,7 +153,7 @@ def record_key(job_id: str) -> str:
 
 
 def events_key(job_id: str) -> str:
-    """Stream of one job's changes; each entry has one field, ``data``: the changed fields of the record as JSON."""
+    """Stream of one job's changes: ``data``, the changed fields of the record as JSON, and the ``status`` after it."""
     return f"flg:job:{job_id}:events"
 
 

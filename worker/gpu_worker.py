@@ -1,8 +1,8 @@
 """`GpuWorker`: an rq worker that keeps the model in its process.
 
-rq's own `Worker` forks for every job, which CUDA does not survive; its `SimpleWorker` stays in one process but beats no heart
-during a job and cannot stop one. Added here: a lease that a thread renews, a cooperative stop, an allow-list of functions,
-and a heartbeat of our own that says more than rq's.
+rq's own `Worker` forks for every job, which CUDA does not survive; its `SimpleWorker` stays in one process but beats no
+heart during a job and cannot stop one. Added here: a lease that a thread renews, a cooperative stop, an allow-list of
+functions, and a heartbeat of our own that says more than rq's.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ def unique_name() -> str:
 
 
 class Pulse(threading.Thread):
-    """Writes the worker's heartbeat, and renews the lease of the job it is running, from before it is ready to its end."""
+    """Writes the worker's heartbeat and renews the lease of the job it is running, for as long as it lives."""
 
     def __init__(self, redis: Redis, heartbeat: Heartbeat, lease_s: int) -> None:
         super().__init__(name="pulse", daemon=True)

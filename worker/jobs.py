@@ -1,8 +1,8 @@
 """What the queue calls: one generation, from its record to the published files.
 
-The record is the truth and the queue only carries the id, so a job that the queue delivers twice (after a crash, or a lease
-that ran out) is harmless: the attempt number fences off whoever is late, and the outputs are the same bytes under the same
-names.
+The record is the truth and the queue only carries the id, so a job that the queue delivers twice (after a crash, or a
+lease that ran out) is harmless: the attempt number fences off whoever is late, and the outputs are the same bytes under
+the same names.
 """
 
 from __future__ import annotations
@@ -71,8 +71,8 @@ def install(runtime: Runtime) -> None:
 def generate(job_id: str) -> None:
     """Run one job (called by rq).
 
-    A failure of the job itself ends in its record and returns; only a failure of the plumbing (Redis, storage) is raised,
-    so that rq tries again.
+    A failure of the job itself ends in its record and returns; only a failure of the plumbing (Redis, storage) is
+    raised, so that rq tries again.
     """
     if _runtime is None:
         raise RuntimeError("worker.jobs.install has not been called: this process is no worker")
@@ -122,8 +122,7 @@ def generate_failed(
             records.change(record, _ACTIVE, status=Status.QUEUED, progress=0.0)
         else:
             message = f"every attempt at this video was lost; the last one to {kind.__name__}"
-            changes = {"error_code": "worker_crashed", "error_message": message, "finished_at": now()}
-            records.change(record, (Status.QUEUED, *_ACTIVE), status=Status.FAILED, **changes)
+            _end_as_failed(records, record, (Status.QUEUED, *_ACTIVE), "worker_crashed", message)
     except Refused as refused:
         log.info("%s: left as it is, %s", record.id, refused.found)
     log.warning("%s: attempt %d lost (%s: %s)", record.id, record.attempt, kind.__name__, value)
@@ -173,9 +172,7 @@ def _run(runtime: Runtime, record: Record) -> None:
         if runtime.stop_job.is_set():
             raise Cancelled
         try:
-            runtime.records.change(
-                record, (Status.RUNNING,), fence=True, phase=phase, progress=round(0.98 * share, 4)
-            )
+            runtime.records.change(record, (Status.RUNNING,), fence=True, phase=phase, progress=round(0.98 * share, 4))
         except Refused as refused:
             raise (Cancelled if refused.found == Status.CANCELLING else refused) from None
 
@@ -208,8 +205,12 @@ def _finish(runtime: Runtime, record: Record, status: Status) -> None:
 
 
 def _fail(runtime: Runtime, record: Record, code: str, message: str) -> None:
-    changes = {"error_code": code, "error_message": message, "finished_at": now()}
-    runtime.records.change(record, _ACTIVE, fence=True, status=Status.FAILED, **changes)
+    _end_as_failed(runtime.records, record, _ACTIVE, code, message)
+
+
+def _end_as_failed(records: Records, record: Record, since: tuple[Status, ...], code: str, message: str) -> None:
+    changes: dict[str, Any] = {"error_code": code, "error_message": message, "finished_at": now()}
+    records.change(record, since, fence=True, status=Status.FAILED, **changes)
 
 
 def _remove_outputs(runtime: Runtime, record: Record) -> None:
@@ -240,6 +241,10 @@ def _manifest(runtime: Runtime, record: Record, result: Result, image: bytes, mp
         "video": card.video.model_dump(),
         "timings_s": {phase: round(seconds, 4) for phase, seconds in result.timings_s.items()},
         "attempt": record.attempt,
-        "machine": {"processor": platform.machine(), "device": runtime.pipeline.device, "threads": runtime.pipeline.threads},
+        "machine": {
+            "processor": platform.machine(),
+            "device": runtime.pipeline.device,
+            "threads": runtime.pipeline.threads,
+        },
         "versions": {name: version(name) for name in ("torch", "diffusers", "transformers")},
     }

@@ -29,7 +29,7 @@ def main() -> int:
     except ValidationError as error:
         for problem in error.errors():
             name = ".".join(str(part) for part in problem["loc"]).upper()
-            print(f"error: {name}={problem['input']}: {problem['msg']}", file=sys.stderr)
+            sys.stderr.write(f"error: {name}={problem['input']}: {problem['msg']}\n")
         return 2
     device = settings.device
     if device == "auto":
@@ -54,7 +54,7 @@ def main() -> int:
         pipeline = VideoPipeline(settings.model, device=device, threads=settings.torch_threads)
         timings = pipeline.warm_up().timings_s
     except FolderError as error:
-        print(f"error: {error}", file=sys.stderr)
+        sys.stderr.write(f"error: {error}\n")
         pulse.end()
         return 2
     phases = ", ".join(f"{phase} {seconds:.2f} s" for phase, seconds in timings.items())

@@ -1,7 +1,7 @@
 """`VideoPipeline`: an image and a sentence in, frames out. No queue, no HTTP.
 
-Around the stock diffusers pipeline: encode, denoise and decode are separate calls so that each is timed and reported, and a
-caller may stop the work between steps by raising from ``on_progress``.
+Around the stock diffusers pipeline: encode, denoise and decode are separate calls so that each is timed and reported,
+and a caller may stop the work between steps by raising from ``on_progress``.
 """
 
 from __future__ import annotations

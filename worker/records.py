@@ -1,8 +1,8 @@
 """Job records in Redis, as both service and worker read and change them. No torch, no HTTP.
 
-A record changes only through ``change``: one Lua call that compares before it writes, so that a late loser (a worker whose
-lease ran out, a cancel that came after the end) cannot overwrite a winner. Each change is also an entry of the job's event
-stream, in the same call.
+A record changes only through ``change``: one Lua call that compares before it writes, so that a late loser (a worker
+whose lease ran out, a cancel that came after the end) cannot overwrite a winner. Each change is also an entry of the
+job's event stream, in the same call.
 """
 
 from __future__ import annotations
@@ -36,15 +36,15 @@ KEEP_RECORD_S = 7 * 24 * 3600
 """How long an expired job's record still answers after its files are gone."""
 KEEP_EVENTS_S = 24 * 3600
 
-# KEYS: record, events. ARGV: statuses it may change from (each between spaces), attempt that must still be current or "",
-# changed fields as JSON for the event stream, seconds to keep the stream, then field, value, ...
+# KEYS: record, events. ARGV: statuses it may change from (each between spaces), attempt that must still be current or
+# "", changed fields as JSON for the event stream, seconds to keep the stream, then field, value, ...
 _CHANGE = """
 local status = redis.call('HGET', KEYS[1], 'status')
 if not status then return 'missing' end
 if not string.find(ARGV[1], ' ' .. status .. ' ', 1, true) then return status end
 if ARGV[2] ~= '' and redis.call('HGET', KEYS[1], 'attempt') ~= ARGV[2] then return 'fenced' end
 redis.call('HSET', KEYS[1], unpack(ARGV, 5))
-redis.call('XADD', KEYS[2], 'MAXLEN', '~', 256, '*', 'data', ARGV[3])
+redis.call('XADD', KEYS[2], 'MAXLEN', '~', 256, '*', 'data', ARGV[3], 'status', redis.call('HGET', KEYS[1], 'status'))
 redis.call('EXPIRE', KEYS[2], ARGV[4])
 return 'ok'
 """
@@ -89,8 +89,9 @@ class Records:
 
     def create(self, record: Record) -> None:
         """Write a new record and put it in the index, together or not at all."""
+        fields: dict[Any, Any] = dict(record.to_hash())
         with self.redis.pipeline() as pipeline:
-            pipeline.hset(record_key(record.id), mapping=record.to_hash())
+            pipeline.hset(record_key(record.id), mapping=fields)
             pipeline.expireat(record_key(record.id), int(record.expires_at) + KEEP_RECORD_S)
             pipeline.zadd(JOBS_KEY, {record.id: record.created_at})
             pipeline.execute()

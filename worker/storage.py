@@ -1,6 +1,7 @@
 """Where inputs and results are kept: a local folder or any fsspec object store (s3://bucket/prefix). No torch.
 
-Results appear whole or not at all: a local file is written aside and renamed, an object store's put is atomic by itself.
+Results appear whole or not at all: a local file is written aside and renamed, an object store's put is atomic by
+itself.
 """
 
 from __future__ import annotations

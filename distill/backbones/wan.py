@@ -1,8 +1,8 @@
 """Wan2.2-TI2V: `WanTransformer3DModel` with the first latent frame given and per-token timesteps.
 
-Everything that is particular to this model is here; see `WanImageToVideoPipeline(expand_timesteps=True)` in diffusers for
-the inference side of the same conventions. Shape suffixes: B clip, C channel, T latent frame, H row, W column, N token,
-L text token, D text width.
+Everything that is particular to this model is here; see `WanImageToVideoPipeline(expand_timesteps=True)` in diffusers
+for the inference side of the same conventions. Shape suffixes: B clip, C channel, T latent frame, H row, W column,
+N token, L text token, D text width.
 """
 
 from __future__ import annotations
@@ -43,7 +43,9 @@ def encode_text(tokenizer: Any, text_encoder: Any, prompts: list[str], max_seque
     return text_BLD * tokens.attention_mask[..., None].to(text_BLD.dtype)
 
 
-def predict_velocity(transformer: Any, x_BCTHW: Tensor, sigma_B: Tensor, first_BC1HW: Tensor, text_BLD: Tensor) -> Tensor:
+def predict_velocity(
+    transformer: Any, x_BCTHW: Tensor, sigma_B: Tensor, first_BC1HW: Tensor, text_BLD: Tensor
+) -> Tensor:
     """Predicted velocity (noise - x_0) of every latent frame; what stands at the first one has no meaning.
 
     Args:
@@ -55,10 +57,9 @@ def predict_velocity(transformer: Any, x_BCTHW: Tensor, sigma_B: Tensor, first_B
     """
     x_BCTHW = torch.cat([first_BC1HW, x_BCTHW[:, :, 1:]], dim=2)
     _, patch_height, patch_width = transformer.config.patch_size
-    batch, _, num_frames, height, width = x_BCTHW.shape
+    num_frames, height, width = x_BCTHW.shape[2:]
     tokens_per_frame = (height // patch_height) * (width // patch_width)
     timestep_BN = (sigma_B * NUM_TRAIN_TIMESTEPS)[:, None].repeat(1, num_frames * tokens_per_frame)
     timestep_BN[:, :tokens_per_frame] = 0
-    return transformer(
-        hidden_states=x_BCTHW, timestep=timestep_BN, encoder_hidden_states=text_BLD, return_dict=False
-    )[0]
+    output = transformer(hidden_states=x_BCTHW, timestep=timestep_BN, encoder_hidden_states=text_BLD, return_dict=False)
+    return output[0]

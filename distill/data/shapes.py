@@ -1,8 +1,8 @@
 """The procedural world `shapes`: clips of one moving shape, drawn from a caption (design.md section 4).
 
 64 x 64 pixels, 17 frames, 8 per second, RGB in [-1, 1]. Everything is drawn by signed distances in torch, batched, and
-differentiable in the scene's real-valued parameters, so that a scene can be *fitted* to a video. A clip is a function of
-``(seed, index)`` alone: neither the batch it is drawn in nor the order of drawing changes it.
+differentiable in the scene's real-valued parameters, so that a scene can be *fitted* to a video. A clip is a function
+of ``(seed, index)`` alone: neither the batch it is drawn in nor the order of drawing changes it.
 
 Shape suffixes: B clip, T frame, H row, W column, C channel. Frame coordinates x, y in [-1, 1], y down; t in [0, 1] over
 the clip; k is the pace; angles in radians, clockwise on the screen (because y points down).
@@ -249,11 +249,11 @@ def _scene(draws: _Draws, captions: list[Caption]) -> Scene:
 
     motions = [c.motion for c in captions]
     open_pace_B = draws.uniform("open pace", 0.35, 1.1)
-    k_B = torch.where(
-        torch.tensor([c.pace is None for c in captions]), open_pace_B, per([PACES.get(c.pace or "", 0.0) for c in captions])
-    )
+    said_pace_B = per([PACES.get(c.pace or "", 0.0) for c in captions])
+    k_B = torch.where(torch.tensor([c.pace is None for c in captions]), open_pace_B, said_pace_B)
 
-    low_B, high_B = per([_RADIUS.get(m, (0.22, 0.36))[0] for m in motions]), per([_RADIUS.get(m, (0.22, 0.36))[1] for m in motions])
+    ranges = [_RADIUS.get(m, (0.22, 0.36)) for m in motions]
+    low_B, high_B = per([low for low, _ in ranges]), per([high for _, high in ranges])
     start = [_START.get(m, (-0.45, 0.45, -0.45, 0.45)) for m in motions]
     box_B4 = torch.tensor(start, dtype=torch.float32).reshape(count, 4)
     position_B2 = box_B4[:, ::2] + (box_B4[:, 1::2] - box_B4[:, ::2]) * draws.uniform("position", count=2)
@@ -264,7 +264,11 @@ def _scene(draws: _Draws, captions: list[Caption]) -> Scene:
     travel_B2 = k_B[:, None] * (moves_B2 + drifts_B[:, None] * torch.stack([direction_B.cos(), direction_B.sin()], 1))
 
     either = draws.choice("spin side", 2)
-    spin_B = 2.4 * k_B * per([{**SPINS, "spins": (-1.0, 1.0)[side]}.get(m, 0.0) for m, side in zip(motions, either)])
+    spin_B = (
+        2.4
+        * k_B
+        * per([{**SPINS, "spins": (-1.0, 1.0)[side]}.get(m, 0.0) for m, side in zip(motions, either, strict=True)])
+    )
     growth_B = k_B * per([{"grows": 1.1, "shrinks": -0.65}.get(m, 0.0) for m in motions])
     bounce_B = per([0.6 if m == "bounces" else 0.0 for m in motions])
 
@@ -273,7 +277,7 @@ def _scene(draws: _Draws, captions: list[Caption]) -> Scene:
     path_B32 = (wanders_B * k_B)[:, None, None] * (points_B32 - position_B2[:, None])
 
     open_camera = draws.choice("open camera", len(CAMERAS))
-    cameras = [c.camera or CAMERAS[o] for c, o in zip(captions, open_camera)]
+    cameras = [c.camera or CAMERAS[o] for c, o in zip(captions, open_camera, strict=True)]
     colour_B3 = torch.tensor([COLOURS[c.colour] for c in captions]).reshape(count, 3)
 
     second_B = torch.tensor([SHAPES.index(c.second) if c.second else -1 for c in captions], dtype=torch.int64)
@@ -283,7 +287,7 @@ def _scene(draws: _Draws, captions: list[Caption]) -> Scene:
     names = list(COLOURS)
     other = draws.choice("second colour", len(COLOURS) - 1)
     second_colour_B3 = torch.tensor(
-        [COLOURS[names[(names.index(c.colour) + 1 + o) % len(names)]] for c, o in zip(captions, other)]
+        [COLOURS[names[(names.index(c.colour) + 1 + o) % len(names)]] for c, o in zip(captions, other, strict=True)]
     ).reshape(count, 3)
 
     return Scene(

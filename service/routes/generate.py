@@ -173,7 +173,8 @@ def _read_json(body: bytes) -> tuple[GenerateFields, bytes]:
     except ValueError as error:
         raise ApiError(422, "bad_json", f"the body is not JSON: {error}") from None
     if not isinstance(values, dict):
-        raise ApiError(422, "bad_json", f"the body is a JSON {type(values).__name__}; wanted an object with image and prompt")
+        message = f"the body is a JSON {type(values).__name__}; wanted an object with image and prompt"
+        raise ApiError(422, "bad_json", message)
     image = values.pop("image", None)
     if image is None:
         raise _no_image()

@@ -17,7 +17,9 @@ WEB = Path(__file__).resolve().parent.parent / "web"
 
 router = APIRouter(tags=["playground"])
 
-_POLICY = "default-src 'self'; img-src 'self' blob: data:; media-src 'self' blob:; frame-ancestors 'none'; base-uri 'none'"
+_POLICY = (
+    "default-src 'self'; img-src 'self' blob: data:; media-src 'self' blob:; frame-ancestors 'none'; base-uri 'none'"
+)
 
 
 @router.get("/", include_in_schema=False)
@@ -39,7 +41,8 @@ def examples(context: ContextDep, origin: OriginDep) -> Examples:
     """Pictures to begin with."""
     data = []
     for entry in _index(context.settings.examples_dir):
-        data.append(Example(name=entry["name"], image_url=f"{origin}/examples/{entry['name']}.png", prompt=entry["prompt"]))
+        url = f"{origin}/examples/{entry['name']}.png"
+        data.append(Example(name=entry["name"], image_url=url, prompt=entry["prompt"]))
     return Examples(data=data)
 
 

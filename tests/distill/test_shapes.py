@@ -1,0 +1,128 @@
+"""The world `shapes`: its formulas (design.md section 4) against a slow reference, and its laws of chance."""
+
+import math
+
+import pytest
+import torch
+
+from distill.data import shapes
+from distill.data.shapes import Caption
+
+
+def reference_pixel(scene: shapes.Scene, i: int, t: float, x: float, y: float) -> list[float]:
+    """One pixel, by the formulas of the design as they are written there, with the scalars of ``math``."""
+    zoom = scene.zoom_B[i].item()
+    z = 1 / (1 - zoom * t) if zoom < 0 else 1 + zoom * t
+    world_x, world_y = x * z + scene.pan_B[i].item() * t, y * z
+    f, a, b, c = scene.wave_B4[i].tolist()
+    bend = 0.7 * math.sin(2.3 * (world_x * math.cos(c) + world_y * math.sin(c)))
+    w = 0.5 + 0.5 * math.sin(f * (world_x * math.cos(a) + world_y * math.sin(a)) + b + bend)
+    c0, c1 = scene.background_B23[i].tolist()
+    rgb = [p * (1 - w) + q * w for p, q in zip(c0, c1, strict=True)]
+
+    rise = scene.bounce_B[i].item() * abs(math.sin(math.pi * scene.bounce_rate_B[i].item() * t))
+    px = scene.position_B2[i, 0].item() + scene.travel_B2[i, 0].item() * t
+    py = scene.position_B2[i, 1].item() + scene.travel_B2[i, 1].item() * t - rise
+    radius = scene.radius_B[i].item() * (1 + scene.growth_B[i].item() * t)
+    angle = scene.angle_B[i].item() + scene.spin_B[i].item() * t
+    dx, dy = world_x - px, world_y - py
+    u = math.cos(-angle) * dx - math.sin(-angle) * dy
+    v = math.sin(-angle) * dx + math.cos(-angle) * dy
+    p = math.hypot(u, v)
+    distance = {
+        "circle": lambda: p - radius,
+        "ring": lambda: abs(p - 0.8 * radius) - 0.25 * radius,
+        "square": lambda: max(abs(u), abs(v)) - 0.85 * radius,
+        "triangle": lambda: max(v, 0.866 * u - 0.5 * v, -0.866 * u - 0.5 * v) - 0.6 * radius,
+        "star": lambda: p - radius * (0.72 + 0.3 * math.cos(5 * math.atan2(v, u))),
+    }[shapes.SHAPES[scene.shape_B[i]]]()
+    coverage = 1 / (1 + math.exp(min(57.6 * distance, 80)))
+    light = 1 - 0.25 * max(-1, min(1, dy))
+    lit = [min(1, colour * light) for colour in scene.colour_B3[i].tolist()]
+    return [2 * (back + (front - back) * coverage) - 1 for back, front in zip(rgb, lit, strict=True)]
+
+
+@pytest.mark.parametrize("motion", shapes.CLOSED_MOTIONS)
+@pytest.mark.parametrize("camera", ["camera pans right", "camera zooms in", "camera zooms out"])
+def test_pixels_follow_the_formulas(motion, camera):
+    kinds = [s for s in shapes.SHAPES if not (motion in shapes.SPINNING and s in shapes.ROUND_SHAPES)]
+    for kind in kinds:
+        _, scene = shapes.sample(3, [11, 12], Caption("green", kind, motion, "quickly", camera))
+        video = shapes.render(scene)
+        draws = torch.Generator().manual_seed(0)
+        for _ in range(40):
+            i, frame, row, column = (int(torch.randint(n, (1,), generator=draws)) for n in (2, 17, 64, 64))
+            x, y = (column + 0.5) / 32 - 1, (row + 0.5) / 32 - 1
+            wanted = reference_pixel(scene, i, frame / 16, x, y)
+            assert video[i, :, frame, row, column].tolist() == pytest.approx(wanted, abs=2e-4)
+
+
+def test_a_clip_depends_on_seed_and_index_alone():
+    together = shapes.clips(5, range(40, 60))
+    alone = shapes.clips(5, [47])
+    assert torch.equal(together.video_BCTHW[7], alone.video_BCTHW[0])
+    assert together.captions[7] == alone.captions[0]
+    assert not torch.equal(shapes.clips(6, [47]).video_BCTHW, alone.video_BCTHW)
+
+
+def test_half_of_the_captions_are_closed_and_all_of_them_parse():
+    captions, _ = shapes.sample(0, range(4000))
+    assert 0.46 < sum(c.closed for c in captions) / len(captions) < 0.54
+    assert {c.motion for c in captions} == {*shapes.CLOSED_MOTIONS, *shapes.OPEN_MOTIONS}
+    assert {c.camera for c in captions} == {*shapes.CAMERAS, None}
+    for caption in captions:
+        assert Caption.parse(str(caption)) == caption
+
+
+def test_scenes_keep_to_their_ranges():
+    captions, scene = shapes.sample(1, range(3000))
+    for i, caption in enumerate(captions):
+        low, high = {"grows": (0.18, 0.26), "shrinks": (0.30, 0.42)}.get(caption.motion, (0.22, 0.36))
+        assert low <= scene.radius_B[i] <= high
+        k = (scene.bounce_rate_B[i].item() - 1) / 2
+        assert {"quickly": 1.0, "slowly": 0.45}.get(caption.pace, k) == pytest.approx(k, abs=1e-5)
+        assert 0.349 <= k <= 1.101
+        if caption.motion == "drifts":
+            assert scene.travel_B2[i].norm().item() == pytest.approx(k, abs=1e-5)
+    first, second = scene.background_B23.unbind(1)
+    assert (first - second).norm(dim=1).min() >= 0.25
+    assert (first - scene.colour_B3).norm(dim=1).min() >= 0.35
+    assert (second - scene.colour_B3).norm(dim=1).min() >= 0.35
+
+
+def test_a_second_shape_is_outside_at_first_and_seen_later():
+    text = "a red circle moves left slowly, static camera, and a square enters"
+    _, scene = shapes.sample(2, range(64), Caption.parse(text))
+    video = shapes.render(scene)
+    alone = shapes.render(shapes.sample(2, range(64), Caption.parse(text.removesuffix(", and a square enters")))[1])
+    difference_BT = (video - alone).abs().amax(dim=(1, 3, 4))
+    assert difference_BT[:, 0].max() < 0.2  # at most the soft edge of what is about to come in
+    assert (difference_BT[:, 4:].amax(1) > 0.3).all()
+
+
+def test_a_wandering_shape_meets_its_way_points():
+    _, scene = shapes.sample(4, range(8), Caption("red", "circle", "wanders", "quickly", "static camera"))
+    t = torch.tensor([0, 1 / 3, 2 / 3, 1])
+    path = shapes._path(scene, t)
+    wanted = scene.position_B2[:, None] + torch.cat([torch.zeros(8, 1, 2), scene.path_B32], 1)
+    assert torch.allclose(path, wanted, atol=1e-5)
+
+
+def test_the_renderer_is_differentiable_in_its_parameters():
+    _, scene = shapes.sample(0, range(5))
+    names = ("position_B2", "travel_B2", "radius_B", "angle_B", "growth_B", "pan_B", "zoom_B", "colour_B3", "wave_B4")
+    for name in names:
+        getattr(scene, name).requires_grad_()
+    shapes.render(scene).square().mean().backward()
+    for name in names:
+        gradient = getattr(scene, name).grad
+        assert gradient is not None
+        assert torch.isfinite(gradient).all()
+        assert gradient.abs().sum() > 0
+
+
+def test_videos_are_in_range():
+    video = shapes.clips(0, range(64)).video_BCTHW
+    assert video.shape == (64, 3, 17, 64, 64)
+    assert video.min() >= -1
+    assert video.max() <= 1

@@ -1,0 +1,196 @@
+"""`distill teach` end to end with tiny networks of the real classes: signal, resume, folder, stock pipeline."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import DiffusionPipeline
+from safetensors.torch import load_file, save_file
+
+from distill import losses, student, teach
+from distill.backbones import wan
+from distill.config import TeachConfig
+from distill.data import shapes
+from tests.stack import ROOT, wait_for
+
+TINY = {
+    "vae.base_dim": 8,
+    "vae.frames.steps": 3,
+    "vae.frames.batch": 2,
+    "vae.clips.steps": 2,
+    "vae.clips.batch": 1,
+    "transformer.num_layers": 2,
+    "transformer.num_attention_heads": 2,
+    "transformer.attention_head_dim": 12,
+    "transformer.ffn_dim": 32,
+    "transformer.text_dim": 32,
+    "transformer.text_layers": 1,
+    "transformer.num_clips": 8,
+    "transformer.fit.steps": 3,
+    "transformer.fit.batch": 4,
+    "call.num_inference_steps": 3,
+    "call.guidance_scale": 2.0,
+}
+
+
+def command(folder: Path, **more) -> list[str]:
+    settings = [f"--set={name}={json.dumps(value)}" for name, value in {**TINY, **more}.items()]
+    return [sys.executable, "-m", "distill", "teach", "shapes", str(folder), *settings]
+
+
+@pytest.fixture(scope="module")
+def run_folder(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("teach") / "run"
+    done = subprocess.run(command(folder), cwd=ROOT, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == str(folder / "teacher")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def pipeline(run_folder):
+    return DiffusionPipeline.from_pretrained(run_folder / "teacher", dtype=torch.float32, local_files_only=True)
+
+
+def test_the_run_leaves_its_traces(run_folder):
+    config = TeachConfig.model_validate_json((run_folder / "config.json").read_text())
+    assert config.vae.frames.steps == 3
+    stages = {json.loads(line)["stage"] for line in (run_folder / "events.jsonl").read_text().splitlines()}
+    assert stages == {"vae-frames", "vae-clips", "transformer", "teach"}
+    assert sorted(p.name for p in (run_folder / "samples").iterdir()) == [
+        "transformer-000003.png",
+        "vae-clips-000002.png",
+        "vae-frames-000003.png",
+    ]
+    assert list((run_folder / "tensorboard").glob("events.out.tfevents.*"))
+
+
+def test_latents_are_normalised_from_data(run_folder, pipeline):
+    stored = load_file(run_folder / "latents.safetensors")
+    assert stored["latents"].shape == (8, 16, 5, 8, 8)
+    assert stored["latents"].float().mean(dim=(0, 2, 3, 4)).abs().max() < 1e-2
+    assert stored["latents"].float().std(dim=(0, 2, 3, 4)).sub(1).abs().max() < 1e-2
+    assert pipeline.vae.config.latents_mean == pytest.approx(stored["mean"].tolist())
+    video = shapes.clips(0, [shapes.SPLITS["train"][2]]).video_BCTHW
+    assert torch.allclose(wan.encode_video(pipeline.vae, video)[0], stored["latents"][2].float(), atol=5e-2)
+
+
+def test_our_sampler_equals_the_stock_pipeline(run_folder, pipeline):
+    """Same noise, no guidance: the trainer's sampler and diffusers' loop give the same latents."""
+    config = TeachConfig.model_validate_json((run_folder / "config.json").read_text())
+    clips = shapes.clips(0, [shapes.SPLITS["dev"][3]])
+    networks = torch.nn.Module()
+    networks.text_encoder, networks.transformer = pipeline.text_encoder, pipeline.transformer
+    ours = teach.generate(pipeline.vae, pipeline.tokenizer, networks, clips, config)
+    call = student.read_card(run_folder / "teacher").call
+    latents = torch.randn(1, 16, 5, 8, 8, generator=torch.Generator().manual_seed(0))
+    stock = pipeline(
+        image=clips.video_BCTHW[:, :, 0] / 2 + 0.5,
+        prompt=str(clips.captions[0]),
+        latents=latents,
+        output_type="pt",
+        **{**call, "guidance_scale": 1.0},
+    ).frames
+    assert torch.allclose(ours[0].transpose(0, 1), stock[0] * 2 - 1, atol=2e-3)
+
+
+def test_the_first_frame_is_given_and_its_loss_left_out(pipeline):
+    x0 = torch.randn(1, 16, 5, 8, 8)
+    noise = torch.randn_like(x0)
+    velocity = noise - x0
+    velocity[:, :, 0] += 100
+    assert losses.flow_matching(velocity, x0, noise) == 0
+    text = wan.encode_text(pipeline.tokenizer, pipeline.text_encoder, ["a red circle grows"], 32)
+    sigma = torch.tensor([0.7])
+    one = wan.predict_velocity(pipeline.transformer, x0, sigma, x0[:, :, :1], text)
+    replaced = torch.cat([torch.full_like(x0[:, :, :1], 9.0), x0[:, :, 1:]], 2)
+    two = wan.predict_velocity(pipeline.transformer, replaced, sigma, x0[:, :, :1], text)
+    assert torch.equal(one, two)  # what stood at the first frame was replaced by the given one
+
+
+def test_the_tokenizer_reads_every_word_as_one_piece(pipeline):
+    text = "a purple triangle spins counterclockwise slowly, camera zooms out, and a star enters"
+    tokens = pipeline.tokenizer(text).input_ids
+    assert pipeline.tokenizer.unk_token_id not in tokens
+    assert len(tokens) == len(text.replace(",", " ,").split()) + 1
+    assert pipeline.tokenizer.decode(tokens, skip_special_tokens=True) == text
+
+
+def test_terminated_it_ends_with_75_and_keeps_its_steps(tmp_path):
+    folder = tmp_path / "run"
+    more = {"vae.frames.steps": 400, "vae.frames.log_every": 1}
+    process = subprocess.Popen(command(folder, **more), cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    events = folder / "events.jsonl"
+    wait_for(lambda: events.exists() and events.read_text().count("\n") >= 2, 120, "two steps")
+    process.send_signal(signal.SIGTERM)
+    _, errors = process.communicate(timeout=30)
+    assert process.returncode == 75, errors
+    assert "the same command goes on" in errors
+    assert (folder / "vae-frames.checkpoint.pt").exists()
+    # Other settings are refused: they would make another run of it.
+    other = command(folder, **{**more, "seed": 9})
+    refused = subprocess.run(other, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert refused.returncode == 2
+    assert "(they differ in: seed); give the same ones to go on, or another folder to begin anew" in refused.stderr
+
+
+# --- the folder's card ----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def copy(run_folder, tmp_path) -> Path:
+    return Path(shutil.copytree(run_folder / "teacher", tmp_path / "teacher"))
+
+
+def test_a_good_folder_reads(copy):
+    card = student.read_card(copy)
+    assert card.call["guidance_scale"] == 2.0
+    assert card.sigmas[0] == 1.0
+    assert len(card.sigmas) == 3
+    assert card.parameters["transformer"] > 0
+    assert "transformer/diffusion_pytorch_model.safetensors" in card.files
+
+
+def test_a_changed_file_is_refused(copy):
+    weights = copy / "vae" / "diffusion_pytorch_model.safetensors"
+    data = bytearray(weights.read_bytes())
+    data[-1] ^= 1
+    weights.write_bytes(data)
+    with pytest.raises(student.FolderError, match=r"vae/diffusion_pytorch_model.safetensors has sha256 .* was changed"):
+        student.read_card(copy)
+
+
+def test_a_missing_file_is_refused(copy):
+    os.remove(copy / "tokenizer" / "tokenizer.json")
+    with pytest.raises(student.FolderError, match=r"tokenizer\.json is missing"):
+        student.read_card(copy)
+
+
+def test_a_folder_without_a_card_is_refused(tmp_path):
+    with pytest.raises(student.FolderError, match=r"neither student.json nor teacher.json"):
+        student.read_card(tmp_path)
+
+
+def test_a_num_layers_that_does_not_fit_is_refused(copy):
+    """diffusers would fill the missing blocks with random weights and only warn."""
+    card = student.read_card(copy)
+    config = copy / "transformer" / "config.json"
+    config.write_text(config.read_text().replace('"num_layers": 2', '"num_layers": 3'))
+    student.write_card(copy, card)  # the hashes are right again
+    with pytest.raises(student.FolderError, match=r"says num_layers 3, and .* holds blocks \[0, 1\]"):
+        student.read_card(copy)
+
+
+def test_missing_weights_of_a_block_are_refused(copy):
+    card = student.read_card(copy)
+    path = copy / "transformer" / "diffusion_pytorch_model.safetensors"
+    save_file({n: t for n, t in load_file(path).items() if not n.startswith("blocks.1.")}, path)
+    student.write_card(copy, card)
+    with pytest.raises(student.FolderError, match=r"holds blocks \[0\]"):
+        student.read_card(copy)
