@@ -1,0 +1,1 @@
+"""Measurements that anyone can repeat; the reports beside them name their commands."""
