@@ -90,9 +90,7 @@ def _request(client: httpx.Client) -> tuple[float, dict[str, float]]:
     return seconds, timings
 
 
-def _table(
-    pipeline: VideoPipeline, direct: list[float], served: list[float], phases: list[dict[str, float]]
-) -> str:
+def _table(pipeline: VideoPipeline, direct: list[float], served: list[float], phases: list[dict[str, float]]) -> str:
     def ms(values: list[float]) -> str:
         return f"{1000 * statistics.median(values):.0f}"
 

@@ -15,7 +15,6 @@ import json
 import os
 import shutil
 import time
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +26,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
 
-from distill import losses, report, schedule, student
+from distill import losses, report, sampler, schedule, student
 from distill.backbones import wan
 from distill.config import ConfigError, TeachConfig, TransformerConfig, VaeConfig
 from distill.data import shapes
@@ -286,8 +285,10 @@ def teach_transformer(
         return losses.flow_matching(velocity, x0_BCTHW, noise_BCTHW), {}
 
     def sample(path: Path) -> dict[str, float]:
+        pipeline = make_pipeline(vae, tokenizer, networks, config)
+        prompts = [str(caption) for caption in held_out.captions]
         networks.eval()
-        made = generate(vae, tokenizer, networks, held_out, config)
+        made = sampler.sample(pipeline, held_out.video_BCTHW[:, :, 0], prompts, make_call(config), seed=run.seed)
         networks.train()
         report.contact_sheet(path, [held_out.video_BCTHW, made])
         closed = torch.tensor([c.closed for c in held_out.captions])
@@ -297,36 +298,32 @@ def teach_transformer(
     return networks.eval().requires_grad_(False)
 
 
-@torch.no_grad()
-def generate(
-    vae: AutoencoderKLWan,
-    tokenizer: PreTrainedTokenizerFast,
-    networks: Networks,
-    clips: shapes.Clips,
-    config: TeachConfig,
-) -> Tensor:
-    """Videos for the first frames and captions of ``clips``: Euler steps without guidance, all clips in one batch."""
-    scheduler = make_scheduler(config)
-    scheduler.set_timesteps(config.call.num_inference_steps)
-    first_BC1HW = wan.encode_video(vae, clips.video_BCTHW[:, :, :1])
-    prompts = [str(c) for c in clips.captions]
-    text_BLD = wan.encode_text(tokenizer, networks.text_encoder, prompts, config.transformer.max_sequence_length)
-    frames = 1 + (shapes.NUM_FRAMES - 1) // 4
-    batch, channels, _, height, width = first_BC1HW.shape
-    x_BCTHW = torch.randn(batch, channels, frames, height, width, generator=torch.Generator().manual_seed(0))
-    for sigma, after in pairwise(scheduler.sigmas):
-        sigma_B = sigma.expand(batch)
-        velocity = wan.predict_velocity(networks.transformer, x_BCTHW, sigma_B, first_BC1HW, text_BLD)
-        x_BCTHW = x_BCTHW + (after - sigma) * velocity
-    return wan.decode_latents(vae, torch.cat([first_BC1HW, x_BCTHW[:, :, 1:]], dim=2))
-
-
 # --- 4. the folder --------------------------------------------------------------------------------------------------
 
 
-def make_scheduler(config: TeachConfig) -> FlowMatchEulerDiscreteScheduler:
-    """The sampler's noise levels, with the shift of the training."""
-    return FlowMatchEulerDiscreteScheduler(shift=config.transformer.shift)
+def make_pipeline(
+    vae: AutoencoderKLWan, tokenizer: PreTrainedTokenizerFast, networks: Networks, config: TeachConfig
+) -> WanImageToVideoPipeline:
+    """The stock pipeline of these parts; its scheduler has the shift of the training."""
+    return WanImageToVideoPipeline(
+        tokenizer=tokenizer,
+        text_encoder=networks.text_encoder,
+        vae=vae,
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=config.transformer.shift),
+        transformer=networks.transformer,
+        expand_timesteps=True,
+    )
+
+
+def make_call(config: TeachConfig) -> dict[str, Any]:
+    """Keyword arguments of the stock pipeline that make one clip of this world."""
+    return {
+        **config.call.model_dump(),
+        "height": shapes.SIZE,
+        "width": shapes.SIZE,
+        "num_frames": shapes.NUM_FRAMES,
+        "max_sequence_length": config.transformer.max_sequence_length,
+    }
 
 
 def save(
@@ -335,15 +332,8 @@ def save(
     """Write the pipeline folder with its card, fp16, aside and renamed."""
     aside = out.with_name(out.name + ".tmp")
     shutil.rmtree(aside, ignore_errors=True)
-    scheduler = make_scheduler(config)
-    pipeline = WanImageToVideoPipeline(
-        tokenizer=tokenizer,
-        text_encoder=networks.text_encoder,
-        vae=vae,
-        scheduler=scheduler,
-        transformer=networks.transformer,
-        expand_timesteps=True,
-    )
+    pipeline = make_pipeline(vae, tokenizer, networks, config)
+    scheduler = pipeline.scheduler
     parts = {"transformer": networks.transformer, "text_encoder": networks.text_encoder, "vae": vae}
     counts = {name: sum(p.numel() for p in part.parameters()) for name, part in parts.items()}
     pipeline.to(torch.float16)
@@ -356,13 +346,7 @@ def save(
         backbone="wan",
         task="ti2v",
         parameters=counts,
-        call={
-            **config.call.model_dump(),
-            "height": shapes.SIZE,
-            "width": shapes.SIZE,
-            "num_frames": shapes.NUM_FRAMES,
-            "max_sequence_length": config.transformer.max_sequence_length,
-        },
+        call=make_call(config),
         sigmas=tuple(round(s, 6) for s in scheduler.sigmas[:-1].tolist()),
         prompt=shapes_prompt(),
         video=student.Video(width=shapes.SIZE, height=shapes.SIZE, num_frames=shapes.NUM_FRAMES, fps=shapes.FPS),

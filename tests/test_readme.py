@@ -17,7 +17,7 @@ COMMANDS = README.split("```")[1].strip().splitlines()
 
 def test_the_first_screen_has_the_three_commands():
     assert [command.split("#")[0].split()[0] for command in COMMANDS] == ["make", "make", "curl"]
-    for target in re.findall(r"`(?:PORT=\d+ )?make ([a-z-]+)`", README) + ["up", "test"]:
+    for target in ["up", "test", *re.findall(r"`(?:PORT=\d+ )?make ([a-z-]+)`", README)]:
         done = subprocess.run(["make", "--dry-run", target], cwd=ROOT, capture_output=True, text=True, timeout=60)
         assert done.returncode == 0, done.stderr
 
