@@ -110,7 +110,11 @@ def test_the_service_image_has_no_torch() -> None:
     installs = [line for line in stages()["build-service"]["RUN"] if "pip install" in line]
     assert len(installs) == 1
     assert installs[0].endswith("pip install --constraint constraints.txt --editable '.[service]'")
-    assert any("COPY models models" in f"COPY {line}" for line in stages()["worker"]["COPY"])
+
+
+def test_whoever_runs_may_read_the_models() -> None:
+    copied = [line for name in ("service", "worker") for line in stages()[name]["COPY"] if " models" in line]
+    assert copied == ["--chown=app models/examples models/examples", "--chown=app models models"]
 
 
 def test_the_gpu_worker_is_the_worker_with_another_torch_and_device() -> None:

@@ -1,0 +1,48 @@
+# syntax=docker/dockerfile:1
+# Two images: `--target service` has no torch, `--target worker` runs the model. The worker's torch comes from
+# TORCH_INDEX_URL, by default the CPU builds; with an empty one pip's usual torch comes, which brings CUDA.
+
+FROM python:3.11-slim-bookworm AS base
+ENV PATH=/opt/venv/bin:$PATH HOME=/tmp PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1 HOST=0.0.0.0 STORAGE_URL=/storage
+# A new volume mounted at /storage takes this owner over.
+RUN useradd --uid 10001 --no-create-home app && install --directory --owner app --group app /storage
+WORKDIR /app
+
+FROM base AS build
+RUN python -m venv /opt/venv
+COPY pyproject.toml constraints.txt README.md LICENSE ./
+
+FROM build AS build-service
+COPY service service
+COPY worker worker
+COPY distill distill
+RUN --mount=type=cache,target=/root/.cache/pip \
+    HOME=/root pip install --constraint constraints.txt --editable '.[service]'
+
+FROM build AS build-worker
+ARG TORCH_INDEX_URL=https://download.pytorch.org/whl/cpu
+RUN --mount=type=cache,target=/root/.cache/pip \
+    HOME=/root pip install ${TORCH_INDEX_URL:+--no-deps --index-url "$TORCH_INDEX_URL"} \
+    --constraint constraints.txt "$(grep '^torch==' constraints.txt)"
+COPY worker worker
+COPY distill distill
+RUN --mount=type=cache,target=/root/.cache/pip \
+    HOME=/root pip install --constraint constraints.txt --editable '.[worker]'
+
+FROM base AS service
+COPY --from=build-service /opt/venv /opt/venv
+COPY --from=build-service /app /app
+COPY --chown=app models/examples models/examples
+USER app
+EXPOSE 8000
+HEALTHCHECK --interval=10s --timeout=5s --start-period=30s --retries=3 \
+    CMD ["python", "-c", "import http.client as h; c = h.HTTPConnection('127.0.0.1', 8000, timeout=4); c.request('GET', '/livez'); raise SystemExit(c.getresponse().status != 200)"]
+CMD ["python", "-m", "service"]
+
+FROM base AS worker
+ENV HF_HUB_OFFLINE=1
+COPY --from=build-worker /opt/venv /opt/venv
+COPY --from=build-worker /app /app
+COPY --chown=app models models
+USER app
+CMD ["python", "-m", "worker"]

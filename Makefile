@@ -1,0 +1,71 @@
+# `make up` and `make test` need Python 3.11+ and nothing else of ours; everything is installed into .venv.
+#   PYTHON           the Python that .venv is made with (python3)
+#   TORCH_INDEX_URL  take torch from this index, e.g. https://download.pytorch.org/whl/cpu where the usual one brings CUDA
+#   ARGS             handed to pytest or to the benchmark
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+TORCH := $(shell grep '^torch==' constraints.txt)
+
+.DEFAULT_GOAL := help
+.PHONY: help up down dev logs test test-all check bench chromium
+
+help: ## Show this
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' Makefile
+
+up: $(VENV)/.serving ## Start Redis, worker and service in the background; PORT=8123 make up changes the port
+	@$(BIN)/python deploy/stack.py up
+
+down: ## Stop what `make up` started
+	@if [ -x $(BIN)/python ]; then $(BIN)/python deploy/stack.py down; else echo "nothing was running"; fi
+
+dev: $(VENV)/.serving ## The same in this terminal; Ctrl-C stops it all
+	@$(BIN)/python deploy/stack.py dev
+
+logs: $(VENV)/.serving ## Follow the log of what `make up` started
+	@$(BIN)/python deploy/stack.py logs
+
+test: $(VENV)/.testing chromium ## The tests that need no GPU and little time
+	$(BIN)/python -m pytest -m "not slow and not gpu" $(ARGS)
+
+test-all: $(VENV)/.testing chromium ## All tests
+	$(BIN)/python -m pytest $(ARGS)
+
+check: $(VENV)/.testing ## Format, lint, types, import rules
+	$(BIN)/python -m ruff format --check .
+	$(BIN)/python -m ruff check .
+	$(BIN)/python -m mypy
+	$(BIN)/lint-imports --no-logo
+
+bench: $(VENV)/.testing up ## Time requests to the running stack, and the same without service and queue
+	$(BIN)/python -m benchmarks.serving --url "$$($(BIN)/python deploy/stack.py url)" $(ARGS)
+
+# --- installation: a stamp in .venv for each set of packages, renewed when their versions change ----------------------
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	    echo "error: $(PYTHON) is not Python 3.11 or newer; name one that is: make PYTHON=python3.12 ..." >&2; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { \
+	    echo "error: $(PYTHON) cannot make virtual environments; install the package python3-venv" >&2; exit 1; }
+	@$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.serving: pyproject.toml constraints.txt | $(BIN)/python
+	@echo "installing into $(VENV): minutes and some GB at the first time"
+ifneq ($(TORCH_INDEX_URL),)
+	@$(PIP) install --no-deps --index-url "$(TORCH_INDEX_URL)" "$(TORCH)"
+endif
+	@$(PIP) install --constraint constraints.txt --editable '.[service,worker,local]'
+	@touch $@
+
+$(VENV)/.testing: $(VENV)/.serving
+	@$(PIP) install --constraint constraints.txt --editable '.[service,worker,distill,local,dev]'
+	@touch $@
+
+# Browser tests are skipped where there is none.
+chromium:
+	@for name in chromium chromium-browser google-chrome; do command -v $$name >/dev/null && exit; done; \
+	if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
+	    { apt-get update -qq && apt-get install -qq -y --no-install-recommends chromium fonts-liberation; } || \
+	        echo "note: Chromium could not be installed; the browser tests are skipped"; \
+	else echo "note: the browser tests are skipped; install the package chromium to run them"; fi
