@@ -6,7 +6,7 @@ from distill.config import CallConfig, ConfigError, FitConfig, TeachConfig, Tran
 
 
 def teach_shapes() -> TeachConfig:
-    """A teacher of the procedural world `shapes`: about two hours on two cores, minutes on a GPU."""
+    """A teacher of the procedural world `shapes`: about an hour and a half on two cores."""
     frames = FitConfig(
         steps=3300,
         batch=8,
@@ -30,7 +30,7 @@ def teach_shapes() -> TeachConfig:
             frames=frames,
             clips=frames.model_copy(
                 update=dict(
-                    steps=1200, batch=2, learning_rate=4e-4, ema_decay=0.99, log_every=25, checkpoint_every=100,
+                    steps=800, batch=4, learning_rate=1.5e-4, ema_decay=0.99, log_every=10, checkpoint_every=100,
                     sample_every=400,
                 )
             ),

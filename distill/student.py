@@ -134,4 +134,6 @@ def file_sha256(path: Path) -> str:
 def _files(folder: Path) -> list[Path]:
     """Every file the pipeline may read: all but the card itself, notes and what is half-written."""
     skipped = {*CARD_NAMES, "README.md"}
-    return sorted(p for p in folder.rglob("*") if p.is_file() and p.name not in skipped and p.suffix != ".tmp")
+    # `rglob` would not enter a student's links to its teacher's parts.
+    found = (Path(root) / name for root, _, names in os.walk(folder, followlinks=True) for name in names)
+    return sorted(p for p in found if p.name not in skipped and p.suffix != ".tmp")

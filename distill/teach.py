@@ -51,14 +51,15 @@ def teach(folder: Path, config: TeachConfig) -> Path:
     """
     _write_config(folder, config)
     run = Run(folder, config.seed)
+    out = folder / "teacher"
     with run.handling_signals():
         vae = teach_vae(run, config.vae)
         latents, captions = encode_clips(run, vae, config.transformer.num_clips)
         tokenizer = make_tokenizer()
         networks = teach_transformer(run, vae, tokenizer, latents, captions, config)
-        out = folder / "teacher"
-        save(out, vae, tokenizer, networks, config)
-        run.event("teach", 0, done=str(out.name))
+        if not out.exists():
+            save(out, vae, tokenizer, networks, config)
+            run.event("teach", 0, done=out.name)
     return out
 
 

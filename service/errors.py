@@ -61,8 +61,3 @@ def install(app: FastAPI) -> None:
         log.error("Redis: %s", error)
         message = "the job store cannot be reached; nothing was changed that you were not told of. Try again shortly"
         return JSONResponse(body(503, "store_unavailable", message), 503, {"Retry-After": "2"})
-
-    @app.exception_handler(Exception)
-    async def _unexpected(request: Request, error: Exception) -> JSONResponse:
-        log.error("%s %s", request.method, request.url.path, exc_info=error)
-        return JSONResponse(body(500, "internal_error", "something went wrong on our side; it has been logged"), 500)

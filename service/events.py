@@ -26,6 +26,7 @@ async def follow(redis: AsyncRedis, job_id: str, last_id: str | None = None) -> 
     The iterator ends after a terminal state, or when the record is deleted.
     """
     cursor = last_id
+    shown: Record | None = None
     if cursor is None:
         # The stream's end first, then the record: a change in between comes twice rather than never.
         newest = cast(list[tuple[str, Any]], await redis.xrevrange(events_key(job_id), count=1))
@@ -33,6 +34,7 @@ async def follow(redis: AsyncRedis, job_id: str, last_id: str | None = None) -> 
         record = await _read(redis, job_id)
         if record is None:
             return
+        shown = record
         yield cursor, record
         if record.status.is_terminal:
             return
@@ -41,11 +43,17 @@ async def follow(redis: AsyncRedis, job_id: str, last_id: str | None = None) -> 
         record = await _read(redis, job_id)
         if record is None:
             return
+        shown = shown or record.model_copy(update={"progress": 0.0, "phase": None})
         for cursor, values in answer[0][1] if answer else []:
             if Status(values["status"]).is_terminal:
                 yield cursor, record
                 return
-            yield cursor, _at_that_time(record, values)
+            past = _after(shown, values)
+            # A change between the two first reads is in both; what the second knew already is not said again.
+            if past.status is shown.status and past.progress < shown.progress:
+                continue
+            shown = past
+            yield cursor, past
         if not answer:
             yield cursor, record
             if record.status.is_terminal:
@@ -67,8 +75,8 @@ async def _read(redis: AsyncRedis, job_id: str) -> Record | None:
     return Record.from_hash(values) if values else None
 
 
-def _at_that_time(record: Record, entry: dict[str, str]) -> Record:
-    """The record as it was after a change that others have followed."""
+def _after(record: Record, entry: dict[str, str]) -> Record:
+    """The record after one change that is not its end."""
     changed = {name: str(value) for name, value in json.loads(entry["data"]).items() if value is not None}
-    past = Record.from_hash({**record.to_hash(), **changed, "status": entry["status"]})
-    return past.model_copy(update={"finished_at": None, "error_code": None, "error_message": None})
+    after = Record.from_hash({**record.to_hash(), **changed, "status": entry["status"]})
+    return after.model_copy(update={"finished_at": None, "error_code": None, "error_message": None})

@@ -9,8 +9,8 @@ survives.
 from __future__ import annotations
 
 import base64
-import binascii
 import io
+import threading
 import warnings
 
 from PIL import Image, ImageOps, UnidentifiedImageError
@@ -20,6 +20,9 @@ from service.errors import ApiError
 FORMATS = ("PNG", "JPEG", "WEBP")
 MIN_SIDE = 16
 MAX_SIDE = 16_384
+
+_DECODING = threading.Semaphore(2)
+"""A small file can hold a large picture: not every request thread may decode one at once."""
 
 
 def clean(data: bytes, width: int, height: int, max_pixels: int) -> bytes:
@@ -33,8 +36,9 @@ def clean(data: bytes, width: int, height: int, max_pixels: int) -> bytes:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Pillow warns about sizes that are judged below, and about odd metadata
-            with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+            with Image.open(io.BytesIO(data), formats=FORMATS) as image, _DECODING:
                 _check_header(image, max_pixels)
+                image.draft("RGB", (4 * width, 4 * height))  # a JPEG is decoded small at once; others ignore it
                 image.load()
                 return _fit(image, width, height)
     except ApiError:
@@ -58,7 +62,7 @@ def from_data_url(text: str) -> bytes:
         raise ApiError(422, "image_not_data_url", message, param="image")
     try:
         return base64.b64decode(payload, validate=True)
-    except binascii.Error as error:
+    except ValueError as error:  # binascii.Error, or letters that are not ASCII
         raise ApiError(422, "image_not_base64", f"image: the data URL is not base64 ({error})", param="image") from None
 
 
@@ -69,7 +73,8 @@ def _check_header(image: Image.Image, max_pixels: int) -> None:
     if min(width, height) < MIN_SIDE:
         message = f"the image is {width} x {height} pixels; each side must be at least {MIN_SIDE}"
         raise ApiError(422, "image_too_small", message, param="image")
-    if getattr(image, "n_frames", 1) != 1:
+    # A phone's JPEG may carry a second picture (MPO: depth, gain map); the first is the photograph.
+    if image.format != "MPO" and getattr(image, "n_frames", 1) != 1:
         message = f"the image has {getattr(image, 'n_frames', 1)} frames; send a still picture"
         raise ApiError(422, "image_animated", message, param="image")
 
@@ -80,6 +85,11 @@ def _too_many_pixels(got: str, max_pixels: int) -> ApiError:
 
 
 def _fit(image: Image.Image, width: int, height: int) -> bytes:
+    if image.mode.startswith("I"):  # 16 bits a pixel, which Pillow would cut off at 255
+        image = image.convert("I").point(lambda value: value * (1 / 256)).convert("L")
+    factor = min(image.width // (2 * width), image.height // (2 * height))
+    if factor > 1 and image.mode in ("L", "LA", "RGB", "RGBA", "CMYK"):
+        image = image.reduce(factor)  # before anything copies it at full size; what is left is still twice too large
     upright = ImageOps.exif_transpose(image)
     if upright.mode in ("RGBA", "LA", "PA") or "transparency" in upright.info:
         layered = upright.convert("RGBA")

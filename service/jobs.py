@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import re
 import secrets
 import time
 from typing import cast
@@ -12,7 +13,8 @@ from redis import Redis
 from redis.exceptions import RedisError
 from rq import Callback, Queue, Retry
 from rq.exceptions import NoSuchJobError
-from rq.job import Job
+from rq.executions import ExecutionRegistry
+from rq.job import Job, JobStatus
 from rq.serializers import JSONSerializer
 
 from service import images
@@ -26,6 +28,7 @@ from worker.contract import (
     MAX_ATTEMPTS,
     OUTPUT_SUFFIXES,
     QUEUE,
+    QUEUED_KEY,
     SECONDS_KEY,
     ModelCard,
     Record,
@@ -34,7 +37,7 @@ from worker.contract import (
     output_path,
     record_key,
 )
-from worker.records import Records, Refused, active_model, now, ready_workers
+from worker.records import QueueFull, Records, Refused, active_model, now, ready_workers
 from worker.storage import Storage
 
 log = logging.getLogger(__name__)
@@ -44,10 +47,23 @@ _KEEP_RQ_S = 24 * 3600
 """How long rq remembers a job that is over. Our record says everything; this is for whoever debugs the queue."""
 
 
+_KEEP_DROPPED_S = 600
+_GRACE_S = 10
+_ORPHAN_S = 3600
+
+
 def new_id() -> str:
     """`vid_` and 26 characters: 48 bits of time in ms, so that ids sort by age, and 80 random bits (as in a ULID)."""
     number = time.time_ns() // 1_000_000 << 80 | secrets.randbits(80)
     return "vid_" + "".join(_ALPHABET[number >> shift & 31] for shift in range(125, -1, -5))
+
+
+def created_at(job_id: str) -> float:
+    """Seconds since the epoch at which ``new_id`` made this id."""
+    number = 0
+    for character in job_id.removeprefix("vid_"):
+        number = number << 5 | max(_ALPHABET.find(character), 0)
+    return (number >> 80) / 1000
 
 
 class JobStore:
@@ -73,20 +89,23 @@ class JobStore:
         prompt = self._prompt(card, fields.prompt)
         self._check_room()
         picture = images.clean(image, card.video.width, card.video.height, self._settings.max_pixels)
-        created_at = now()
+        started = now()
         record = Record(
             id=new_id(),
             status=Status.QUEUED,
             prompt=prompt,
             seed=secrets.randbits(32) if fields.seed is None else fields.seed,
             model=card.name,
-            created_at=created_at,
-            expires_at=created_at + 3600 * self._settings.retention_hours,
+            created_at=started,
+            expires_at=started + 3600 * self._settings.retention_hours,
         )
         try:
             self._storage.write(input_path(record.id), picture)
-            self.records.create(record)
+            self.records.create(record, self._settings.max_queued)
             self._enqueue(record.id)
+        except QueueFull:
+            self._storage.delete(input_path(record.id))
+            raise self._queue_full() from None
         except BaseException:
             self._forget(record.id)
             raise
@@ -114,19 +133,20 @@ class JobStore:
             raise ApiError(422, "prompt_not_understood", f"prompt: {error}", param="prompt") from None
 
     def _check_room(self) -> None:
-        waiting = self._queue.count
-        if waiting >= self._settings.max_queued:
-            message = f"{waiting} jobs are waiting, and at most {self._settings.max_queued} may; try again later"
-            raise ApiError(503, "queue_full", message, retry_after_s=self._retry_after_s(waiting))
+        if self.records.num_queued() >= self._settings.max_queued:
+            raise self._queue_full()
         free = self._storage.free_bytes()
         if free is not None and free < self._settings.min_free_bytes:
             message = "the disk is nearly full, so no new video can be kept; an administrator has to make room"
             raise ApiError(507, "disk_full", message, retry_after_s=120)
 
-    def _retry_after_s(self, waiting: int) -> int:
+    def _queue_full(self) -> ApiError:
+        waiting = self._settings.max_queued
         seconds = self._seconds_per_job(active_model(self._redis)) or 5.0
         # A tenth of the queue gone is a fair chance; beyond 120 s common clients give up instead of waiting.
-        return max(1, min(120, math.ceil(seconds * waiting / 10)))
+        retry_after_s = max(1, min(120, math.ceil(seconds * waiting / 10)))
+        message = f"{waiting} jobs are waiting, and no more may; try again in {retry_after_s} s"
+        return ApiError(503, "queue_full", message, retry_after_s=retry_after_s)
 
     def _enqueue(self, job_id: str) -> None:
         self._queue.enqueue(
@@ -142,12 +162,13 @@ class JobStore:
         )
 
     def _forget(self, job_id: str) -> None:
-        """Take back a half-made job, as far as what failed lets us; what remains the sweep and `reconcile` find."""
+        """Take back a half-made job. If Redis does not let us, it stays whole: `reconcile` then sees to it."""
         try:
             self._drop_from_queue(job_id)
             self.records.delete(job_id)
         except RedisError:
             log.warning("%s: could not be taken back, Redis does not answer", job_id)
+            return
         self._storage.delete(input_path(job_id))
 
     # --- read -----------------------------------------------------------------------------------------------------
@@ -171,18 +192,24 @@ class JobStore:
         found = [record for job_id in ids[:limit] if (record := self.records.get(job_id))]
         return found, len(ids) > limit
 
-    def outlook(self, record: Record) -> tuple[int | None, float | None]:
-        """Place in the queue (1 is next) and seconds until done, each None when it is not known or not due."""
+    def outlooks(self, records: list[Record]) -> list[tuple[int | None, float | None]]:
+        """For each: place in the queue (1 is next) and seconds until done, None where not known or not due."""
+        if all(record.status.is_terminal for record in records):
+            return [(None, None)] * len(records)
+        seconds = self._seconds_per_job(active_model(self._redis))
+        num_workers = max(1, len(ready_workers(self._redis)))
+        return [self._outlook(record, seconds, num_workers) for record in records]
+
+    def _outlook(self, record: Record, seconds: float | None, num_workers: int) -> tuple[int | None, float | None]:
         if record.status.is_terminal:
             return None, None
-        seconds = self._seconds_per_job(active_model(self._redis))
         if record.status is not Status.QUEUED:
             return None, None if seconds is None else round(seconds * (1 - record.progress), 2)
         index = self._queue.get_job_position(record.id)
         position = None if index is None else index + 1
         if seconds is None or position is None:
             return position, None
-        rounds = math.ceil(position / max(1, len(ready_workers(self._redis))))
+        rounds = math.ceil(position / num_workers)
         return position, round(seconds * (rounds + 0.5), 2)  # whoever is running now is half done on average
 
     def _seconds_per_job(self, card: ModelCard | None) -> float | None:
@@ -211,24 +238,16 @@ class JobStore:
                 return self.get(job_id)
             raise ApiError(409, "already_over", f"{job_id} has {refused.found} and cannot be cancelled") from None
 
-    def delete(self, job_id: str, patience_s: float = 15.0) -> None:
-        """Remove a job and its files; one that is running is cancelled first.
+    def delete(self, job_id: str) -> None:
+        """Remove a job that is over, with its files.
 
         Raises:
-            ApiError: 404 no such job, 409 its worker has not let go of it in ``patience_s``.
+            ApiError: 404 no such job, 409 it is not over: its worker has not let go of it.
         """
         record = self.get(job_id)
         if not record.status.is_terminal:
-            try:
-                record = self.cancel(job_id)
-            except ApiError:
-                record = self.get(job_id)  # it ended in between
-        deadline = time.monotonic() + patience_s
-        while not record.status.is_terminal:
-            if time.monotonic() > deadline:
-                raise ApiError(409, "still_running", f"{job_id} is being cancelled; delete it again in a moment")
-            time.sleep(0.1)
-            record = self.get(job_id)
+            message = f"{job_id} is {record.status}: its worker has not let go of it yet; delete it again in a moment"
+            raise ApiError(409, "still_running", message)
         self._remove_files(job_id)
         self._drop_from_queue(job_id)
         self.records.delete(job_id)
@@ -238,35 +257,69 @@ class JobStore:
             self._storage.delete(path)
 
     def _drop_from_queue(self, job_id: str) -> None:
-        try:
-            Job.fetch(job_id, connection=self._queue.connection, serializer=JSONSerializer).delete()
-        except NoSuchJobError:
-            pass
+        """Take a job off the queue, if it is still on it; rq's own record of it runs out by itself.
+
+        Not `Job.delete()`: a worker may have the job in its hands, and would meet half of it, or we half of theirs.
+        """
+        self._queue.remove(job_id)
+        self._queue.connection.expire(Job.key_for(job_id), _KEEP_DROPPED_S)
 
     # --- upkeep ---------------------------------------------------------------------------------------------------
 
     def reconcile(self) -> int:
-        """Enqueue again what is recorded as queued and unknown to rq: its service died in between. Returns how many."""
+        """Put right every job that the queue has lost. Returns how many.
+
+        A service may die between record and queue; rq may drop a job whose worker was late, or fail it without telling
+        us. Whatever is not over here and not alive there is enqueued again, or ended.
+        """
         mended = 0
+        for job_id, status in self._statuses():
+            if status is None:  # its record has run out
+                self._remove_files(job_id)
+                self._redis.zrem(JOBS_KEY, job_id)
+                self._redis.srem(QUEUED_KEY, job_id)
+            elif not status.is_terminal and (record := self.records.get(job_id)) and self._is_lost(record):
+                self._recover(record)
+                mended += 1
+        return mended
+
+    def _statuses(self) -> list[tuple[str, Status | None]]:
         ids = cast(list[str], self._redis.zrange(JOBS_KEY, 0, -1))
         with self._redis.pipeline(transaction=False) as pipeline:
             for job_id in ids:
                 pipeline.hget(record_key(job_id), "status")
-            statuses = pipeline.execute()
-        for job_id, status in zip(ids, statuses, strict=True):
-            if status is None:
-                self._redis.zrem(JOBS_KEY, job_id)  # its record has run out
-            if status != Status.QUEUED:
-                continue
-            record = self.records.get(job_id)
-            # A moment's grace: the record of a request in flight comes before its place in the queue.
-            if record is None or now() - record.created_at < 10:
-                continue
-            if not Job.exists(job_id, connection=self._queue.connection):
-                log.warning("%s was recorded and not queued; queued again", job_id)
-                self._enqueue(job_id)
-                mended += 1
-        return mended
+            found = pipeline.execute()
+        return [(job_id, Status(status) if status else None) for job_id, status in zip(ids, found, strict=True)]
+
+    def _is_lost(self, record: Record) -> bool:
+        # A moment's grace: the record of a request in flight comes before its place in the queue, and the end of a
+        # job before rq's.
+        if now() - (record.started_at or record.created_at) < _GRACE_S:
+            return False
+        try:
+            job = Job.fetch(record.id, connection=self._queue.connection, serializer=JSONSerializer)
+        except NoSuchJobError:
+            return True
+        return job.get_status() in (JobStatus.FINISHED, JobStatus.FAILED, JobStatus.STOPPED, JobStatus.CANCELED)
+
+    def _recover(self, record: Record) -> None:
+        # Nothing of the lost one may show in the new one, which has the same id.
+        self._queue.remove(record.id)
+        connection = self._queue.connection
+        connection.delete(Job.key_for(record.id), ExecutionRegistry(record.id, connection).key)
+        alive = (Status.QUEUED, Status.RUNNING)
+        try:
+            if record.status is Status.CANCELLING:
+                self.records.change(record, (Status.CANCELLING,), status=Status.CANCELLED, finished_at=now())
+            elif record.attempt >= MAX_ATTEMPTS:
+                why = {"error_code": "worker_crashed", "error_message": "every attempt at this video was lost"}
+                self.records.change(record, alive, fence=True, status=Status.FAILED, finished_at=now(), **why)
+            else:
+                self.records.change(record, alive, fence=True, status=Status.QUEUED, progress=0.0)
+                self._enqueue(record.id)
+        except Refused:
+            return  # it has moved on by itself
+        log.warning("%s: %s here and lost in the queue; put right", record.id, record.status)
 
     def sweep(self) -> int:
         """Remove the files of what has expired; its record still answers for a while. Returns how many."""
@@ -277,12 +330,26 @@ class JobStore:
             record = self.records.get(job_id)
             if record is None or record.status not in over or record.expires_at > now():
                 continue
+            self._remove_files(job_id)  # first: whoever dies in between is followed by one who does it again
             try:
                 self.records.change(record, over, status=Status.EXPIRED)
             except Refused:
                 continue
-            self._remove_files(job_id)
             swept += 1
+        return swept
+
+    def sweep_orphans(self) -> int:
+        """Remove files that no job owns, and halves that nobody writes any more. Returns how many."""
+        swept = 0
+        for folder in ("inputs", "videos"):
+            for name in self._storage.names(folder):
+                found = re.search(r"vid_[0-9a-z]{26}", name)
+                if found is None or now() - created_at(found[0]) < _ORPHAN_S:
+                    continue
+                record = self.records.get(found[0])
+                if record is None or (name.endswith(".tmp") and record.status.is_terminal):
+                    self._storage.delete(f"{folder}/{name}")
+                    swept += 1
         return swept
 
     def upkeep(self) -> None:
@@ -290,3 +357,5 @@ class JobStore:
         if self._redis.set("flg:upkeep", "1", nx=True, ex=25):
             self.reconcile()
             self.sweep()
+            if self._redis.set("flg:upkeep:orphans", "1", nx=True, ex=_ORPHAN_S):
+                self.sweep_orphans()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 import secrets
 
@@ -11,9 +12,14 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from service import errors
 
+log = logging.getLogger(__name__)
+
 
 class RequestId:
-    """Gives every answer an `X-Request-Id`: the client's own when it is a plain token, else a new one."""
+    """Gives every answer an `X-Request-Id`: the client's own when it is a plain token, else a new one.
+
+    The outermost layer of ours, so what nobody expected is answered and logged here, with that id.
+    """
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
@@ -24,15 +30,25 @@ class RequestId:
             return
         given = Headers(scope=scope).get("x-request-id", "")
         request_id = given if re.fullmatch(r"[\w.-]{1,64}", given) else f"req_{secrets.token_hex(8)}"
+        started = False
 
         async def send_with_id(message: Message) -> None:
+            nonlocal started
             if message["type"] == "http.response.start":
+                started = True
                 headers = MutableHeaders(scope=message)
                 headers["X-Request-Id"] = request_id
                 headers["X-Content-Type-Options"] = "nosniff"
             await send(message)
 
-        await self._app(scope, receive, send_with_id)
+        try:
+            await self._app(scope, receive, send_with_id)
+        except Exception:
+            log.exception("%s: %s %s", request_id, scope["method"], scope["path"])
+            if started:
+                raise
+            message = f"something went wrong on our side; it has been logged as {request_id}"
+            await JSONResponse(errors.body(500, "internal_error", message), 500)(scope, receive, send_with_id)
 
 
 class _TooLarge(Exception):

@@ -144,7 +144,10 @@ JOBS_KEY = "flg:jobs"
 """Sorted set of all job ids by time of creation."""
 SECONDS_KEY = "flg:seconds"
 """Hash: model sha256 -> moving average of the seconds that a job takes, for the ETA."""
-WORKERS_PATTERN = "flg:worker:*"
+QUEUED_KEY = "flg:queued"
+"""Set of the ids of all jobs whose status is queued: what admission counts."""
+WORKERS_KEY = "flg:workers"
+"""Set of the names of workers; whose heartbeat has run out is no longer one."""
 
 
 def record_key(job_id: str) -> str:

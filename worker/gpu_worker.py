@@ -22,7 +22,7 @@ from rq.job import Job
 from rq.serializers import JSONSerializer
 from rq.worker import WorkerStatus
 
-from worker.contract import ALLOWED_FUNCTIONS, QUEUE, Heartbeat, WorkerState, worker_key
+from worker.contract import ALLOWED_FUNCTIONS, GENERATE_FAILED, QUEUE, WORKERS_KEY, Heartbeat, WorkerState, worker_key
 from worker.jobs import Runtime
 from worker.records import now
 
@@ -43,6 +43,19 @@ class VideoJob(Job):
             raise ForbiddenFunction(f"{self.func_name!r} is not one of {sorted(ALLOWED_FUNCTIONS)}")
         function: Callable[..., Any] = super().func
         return function
+
+    @property
+    def failure_callback(self) -> Callable[..., Any] | None:
+        """What rq calls when an attempt is lost: ours or nothing."""
+        return super().failure_callback if self._failure_callback_name == GENERATE_FAILED else None
+
+    @property
+    def success_callback(self) -> None:
+        """We use none, so whoever asks for one is not us."""
+
+    @property
+    def stopped_callback(self) -> None:
+        """As above."""
 
 
 def make_queue(redis: Redis) -> Queue:
@@ -80,11 +93,13 @@ class Pulse(threading.Thread):
         """Stop beating and take the heartbeat away: the worker is gone."""
         self._ended.set()
         self._redis.delete(worker_key(self._heartbeat.name))
+        self._redis.srem(WORKERS_KEY, self._heartbeat.name)
 
     def _beat(self) -> None:
         try:
             text = self._heartbeat.model_copy(update={"seen_at": now()}).model_dump_json()
             self._redis.set(worker_key(self._heartbeat.name), text, ex=self._lease_s)
+            self._redis.sadd(WORKERS_KEY, self._heartbeat.name)
             if renew := self.renew:
                 renew()
         except RedisError as error:

@@ -23,6 +23,7 @@ from PIL import Image
 from redis import Redis
 from redis.exceptions import RedisError
 from rq.job import Job
+from rq.timeouts import JobTimeoutException
 
 from worker import video
 from worker.contract import (
@@ -72,7 +73,7 @@ def generate(job_id: str) -> None:
     """Run one job (called by rq).
 
     A failure of the job itself ends in its record and returns; only a failure of the plumbing (Redis, storage) is
-    raised, so that rq tries again.
+    raised, so that rq tries again, and only by the attempt that is current: what a late one meets is not the job's.
     """
     if _runtime is None:
         raise RuntimeError("worker.jobs.install has not been called: this process is no worker")
@@ -87,8 +88,25 @@ def generate(job_id: str) -> None:
         log.info("%s: not started, it is %s", job_id, refused.found)
         _acknowledge_cancel(runtime, record)
         return
+    try:
+        _attempt(runtime, record)
+    except Refused as refused:
+        log.warning("%s: attempt %d gave way, the job is %s", job_id, record.attempt, refused.found)
+    except (RedisError, OSError) as error:
+        current = runtime.records.get(job_id)
+        if current is not None and (current.worker, current.attempt) == (runtime.name, record.attempt):
+            raise
+        log.warning("%s: attempt %d is no longer the current one (%s)", job_id, record.attempt, error)
+
+
+def _attempt(runtime: Runtime, record: Record) -> None:
+    """One attempt at a job that is ours. Raises ``Refused``, ``RedisError``, ``OSError``, or ``Cancelled`` for rq."""
     if record.attempt > MAX_ATTEMPTS:
         _fail(runtime, record, "worker_crashed", f"the worker died {MAX_ATTEMPTS} times while making this video")
+        return
+    if record.model != runtime.pipeline.card.name:
+        message = f"{record.model} was replaced by {runtime.pipeline.card.name} while this job waited; send it again"
+        _fail(runtime, record, "model_gone", message)
         return
     try:
         _run(runtime, record)
@@ -96,21 +114,19 @@ def generate(job_id: str) -> None:
         _finish(runtime, record, Status.CANCELLED)
         if runtime.stop_job.is_set():
             raise  # rq asked for it, and records STOPPED
-    except Refused as refused:
-        log.warning("%s: attempt %d gave way, the job is %s", job_id, record.attempt, refused.found)
-    except FileNotFoundError:
-        _fail(runtime, record, "input_missing", "the input image is no longer in the storage")
-    except (RedisError, OSError):
+    except (Refused, RedisError, OSError):
         raise
+    except JobTimeoutException:
+        _fail(runtime, record, "timed_out", "the video was not ready in the time that a job may take")
     except Exception as error:
-        log.exception("%s failed", job_id)
+        log.exception("%s failed", record.id)
         _fail(runtime, record, "generation_failed", f"the model could not make this video ({type(error).__name__})")
 
 
 def generate_failed(
     job: Job, connection: Redis, kind: type[BaseException], value: BaseException | None, _trace: TracebackType | None
 ) -> None:
-    """Called by rq when an attempt was lost: raised, timed out, or its worker died. Puts the record right."""
+    """Called by rq when an attempt was lost: Redis or the storage failed, or its worker died. Puts the record right."""
     records = Records(_text_client(connection))
     record = records.get(job.args[0])
     if record is None or record.status.is_terminal:
@@ -137,18 +153,26 @@ def _text_client(connection: Redis) -> Redis:
 
 def _claim(runtime: Runtime, record: Record) -> Record:
     """Make the job ours: the next attempt. A running job may be claimed: its worker's lease has run out."""
-    return runtime.records.change(
-        record,
-        (Status.QUEUED, Status.RUNNING),
-        fence=True,
-        status=Status.RUNNING,
-        attempt=record.attempt + 1,
-        started_at=now(),
-        worker=runtime.name,
-        model_sha256=runtime.pipeline.card.sha256,
-        phase=Phase.ENCODING,
-        progress=0.0,
-    )
+    try:
+        return runtime.records.change(
+            record,
+            (Status.QUEUED, Status.RUNNING),
+            fence=True,
+            status=Status.RUNNING,
+            attempt=record.attempt + 1,
+            started_at=now(),
+            worker=runtime.name,
+            model_sha256=runtime.pipeline.card.sha256,
+            phase=Phase.ENCODING,
+            progress=0.0,
+        )
+    except Refused:
+        # The connection may have dropped after the claim was written and before we were told; the client then sent
+        # it again, and it met our own claim.
+        found = runtime.records.get(record.id)
+        if found and (found.worker, found.attempt) == (runtime.name, record.attempt + 1):
+            return found
+        raise
 
 
 def _acknowledge_cancel(runtime: Runtime, record: Record) -> None:
@@ -166,7 +190,11 @@ def _run(runtime: Runtime, record: Record) -> None:
         # An earlier attempt published everything (the manifest is last) and died before it could say so.
         _finish(runtime, record, Status.SUCCEEDED)
         return
-    image_bytes = runtime.storage.read(input_path(record.id))
+    try:
+        image_bytes = runtime.storage.read(input_path(record.id))
+    except FileNotFoundError:
+        _fail(runtime, record, "input_missing", "the input image is no longer in the storage")
+        return
 
     def on_progress(phase: Phase, share: float) -> None:
         if runtime.stop_job.is_set():

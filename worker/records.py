@@ -22,7 +22,8 @@ from redis.retry import Retry
 from worker.contract import (
     ACTIVE_MODEL_KEY,
     JOBS_KEY,
-    WORKERS_PATTERN,
+    QUEUED_KEY,
+    WORKERS_KEY,
     Heartbeat,
     ModelCard,
     Record,
@@ -30,24 +31,43 @@ from worker.contract import (
     WorkerState,
     events_key,
     record_key,
+    worker_key,
 )
 
 KEEP_RECORD_S = 7 * 24 * 3600
 """How long an expired job's record still answers after its files are gone."""
 KEEP_EVENTS_S = 24 * 3600
 
-# KEYS: record, events. ARGV: statuses it may change from (each between spaces), attempt that must still be current or
-# "", changed fields as JSON for the event stream, seconds to keep the stream, then field, value, ...
+# KEYS: record, events, queued ids. ARGV: statuses it may change from (each between spaces), attempt that must still be
+# current or "", changed fields as JSON for the event stream, seconds to keep the stream, id, then field, value, ...
 _CHANGE = """
 local status = redis.call('HGET', KEYS[1], 'status')
 if not status then return 'missing' end
 if not string.find(ARGV[1], ' ' .. status .. ' ', 1, true) then return status end
 if ARGV[2] ~= '' and redis.call('HGET', KEYS[1], 'attempt') ~= ARGV[2] then return 'fenced' end
-redis.call('HSET', KEYS[1], unpack(ARGV, 5))
-redis.call('XADD', KEYS[2], 'MAXLEN', '~', 256, '*', 'data', ARGV[3], 'status', redis.call('HGET', KEYS[1], 'status'))
+redis.call('HSET', KEYS[1], unpack(ARGV, 6))
+local after = redis.call('HGET', KEYS[1], 'status')
+redis.call(after == 'queued' and 'SADD' or 'SREM', KEYS[3], ARGV[5])
+redis.call('XADD', KEYS[2], 'MAXLEN', '~', 256, '*', 'data', ARGV[3], 'status', after)
 redis.call('EXPIRE', KEYS[2], ARGV[4])
 return 'ok'
 """
+
+
+# KEYS: record, index, queued ids. ARGV: most that may be queued, id, time of creation, time to forget it, then field,
+# value, ...
+_CREATE = """
+if redis.call('SCARD', KEYS[3]) >= tonumber(ARGV[1]) then return 'full' end
+redis.call('HSET', KEYS[1], unpack(ARGV, 5))
+redis.call('EXPIREAT', KEYS[1], ARGV[4])
+redis.call('ZADD', KEYS[2], ARGV[3], ARGV[2])
+redis.call('SADD', KEYS[3], ARGV[2])
+return 'ok'
+"""
+
+
+class QueueFull(Exception):
+    """As many jobs are queued as may be; nothing was written."""
 
 
 class Refused(Exception):
@@ -72,7 +92,10 @@ def connect(url: str, *, text: bool = True, patience: int = 10) -> Redis:
 def connect_async(url: str) -> AsyncRedis:
     """The same for asyncio."""
     retry = AsyncRetry(ExponentialBackoff(cap=1.0, base=0.05), 5)
-    return AsyncRedis.from_url(url, retry=retry, retry_on_error=_RETRY_ON, decode_responses=True)
+    # Each follower of a job holds a connection while it waits; the default of 100 would turn the 101st away.
+    return AsyncRedis.from_url(
+        url, retry=retry, retry_on_error=_RETRY_ON, decode_responses=True, max_connections=10_000
+    )
 
 
 class Records:
@@ -81,26 +104,43 @@ class Records:
     def __init__(self, redis: Redis) -> None:
         self.redis = redis
         self._change = redis.register_script(_CHANGE)
+        self._create = redis.register_script(_CREATE)
 
     def get(self, job_id: str) -> Record | None:
         """One record, or None where there is no such job."""
         values = cast(dict[str, str], self.redis.hgetall(record_key(job_id)))
         return Record.from_hash(values) if values else None
 
-    def create(self, record: Record) -> None:
-        """Write a new record and put it in the index, together or not at all."""
-        fields: dict[Any, Any] = dict(record.to_hash())
-        with self.redis.pipeline() as pipeline:
-            pipeline.hset(record_key(record.id), mapping=fields)
-            pipeline.expireat(record_key(record.id), int(record.expires_at) + KEEP_RECORD_S)
-            pipeline.zadd(JOBS_KEY, {record.id: record.created_at})
-            pipeline.execute()
+    def create(self, record: Record, max_queued: int) -> None:
+        """Write a new record and count it as queued, in one call, so that no two requests share the last place.
+
+        Raises:
+            QueueFull: ``max_queued`` jobs are waiting.
+        """
+        fields = record.to_hash()
+        answer = self._create(
+            keys=[record_key(record.id), JOBS_KEY, QUEUED_KEY],
+            args=[
+                max_queued,
+                record.id,
+                record.created_at,
+                int(record.expires_at) + KEEP_RECORD_S,
+                *(part for pair in fields.items() for part in pair),
+            ],
+        )
+        if answer != "ok":
+            raise QueueFull
+
+    def num_queued(self) -> int:
+        """Jobs that wait for a worker."""
+        return self.redis.scard(QUEUED_KEY)
 
     def delete(self, job_id: str) -> None:
         """Forget a job."""
         with self.redis.pipeline() as pipeline:
             pipeline.delete(record_key(job_id), events_key(job_id))
             pipeline.zrem(JOBS_KEY, job_id)
+            pipeline.srem(QUEUED_KEY, job_id)
             pipeline.execute()
 
     def change(self, record: Record, since: Iterable[Status], *, fence: bool = False, **changes: Any) -> Record:
@@ -118,12 +158,13 @@ class Records:
         after = record.model_copy(update=changes)
         values = {name: value for name, value in after.to_hash().items() if name in changes}
         answer = self._change(
-            keys=[record_key(record.id), events_key(record.id)],
+            keys=[record_key(record.id), events_key(record.id), QUEUED_KEY],
             args=[
                 f" {' '.join(since)} ",
                 str(record.attempt) if fence else "",
                 json.dumps(after.model_dump(mode="json", include=set(changes))),
                 KEEP_EVENTS_S,
+                record.id,
                 *(part for pair in values.items() for part in pair),
             ],
         )
@@ -140,8 +181,10 @@ def active_model(redis: Redis) -> ModelCard | None:
 
 def workers(redis: Redis) -> list[Heartbeat]:
     """Every worker whose heartbeat has not run out."""
-    keys = list(redis.scan_iter(WORKERS_PATTERN, count=100))
-    texts = cast(list[str | None], redis.mget(keys)) if keys else []
+    names = sorted(cast(set[str], redis.smembers(WORKERS_KEY)))
+    texts = cast(list[str | None], redis.mget([worker_key(name) for name in names])) if names else []
+    if gone := [name for name, text in zip(names, texts, strict=True) if text is None]:
+        redis.srem(WORKERS_KEY, *gone)  # one that was only slow adds itself again with its next beat
     return [Heartbeat.model_validate_json(text) for text in texts if text]
 
 

@@ -63,6 +63,14 @@ class Storage:
         except FileNotFoundError:
             pass
 
+    def names(self, folder: str) -> list[str]:
+        """Names of the files in ``folder``, those that are still being written among them."""
+        try:
+            paths = self._fs.ls(self._full(folder), detail=False)
+        except FileNotFoundError:
+            return []
+        return [str(path).rsplit("/", 1)[-1] for path in paths]
+
     def local_path(self, path: str) -> Path | None:
         """Where the file lies on this machine, or None for an object store."""
         return Path(self._full(path)) if self._is_local else None

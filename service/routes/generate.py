@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import AsyncIterator
+from contextlib import suppress
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Header, Query, Request, Response
 from pydantic import ValidationError
+from redis.exceptions import RedisError
 from sse_starlette import EventSourceResponse, ServerSentEvent
 from starlette.concurrency import run_in_threadpool
 from starlette.datastructures import UploadFile
@@ -23,6 +25,8 @@ router = APIRouter(tags=["generate"])
 
 _ERRORS: dict[int | str, dict[str, Any]] = {code: {"model": ErrorEnvelope} for code in (404, 413, 415, 422, 503)}
 _MAX_WAIT_S = 60
+_STOP_S = 15
+"""How long a DELETE waits for a running job's next step."""
 
 _FIELDS = {
     "prompt": {"type": "string", "example": "a red circle moves right quickly, static camera"},
@@ -64,18 +68,24 @@ async def create(
     fields, image = await _read(request)
     record = await run_in_threadpool(context.store.submit, fields, image)
     response.headers["Location"] = f"{origin}/generate/{record.id}"
-    if (seconds := _wait_s(prefer)) is not None:
-        record = await events.wait(context.async_redis, record.id, seconds) or record
-        response.headers["Preference-Applied"] = f"wait={seconds}"
-        response.status_code = 200 if record.status.is_terminal else 202
-    return await _view(context, record, origin)
+    try:
+        if (seconds := _wait_s(prefer)) is not None:
+            record = await events.wait(context.async_redis, record.id, seconds) or record
+            response.headers["Preference-Applied"] = f"wait={seconds}"
+            response.status_code = 200 if record.status.is_terminal else 202
+        return await _view(context, record, origin)
+    except RedisError:
+        # The job is accepted: an error now would make the client send it again.
+        response.status_code = 202
+        return generation(record, origin)
 
 
 @router.get("/generate/{job_id}", responses=_ERRORS)
 def read(job_id: JobIdDep, context: ContextDep, origin: OriginDep) -> Generation:
     """One generation. A failed one is an answer too: 200 with `status: failed`."""
     record = context.store.get(job_id)
-    return generation(record, origin, *context.store.outlook(record))
+    [outlook] = context.store.outlooks([record])
+    return generation(record, origin, *outlook)
 
 
 @router.get("/generate", responses=_ERRORS)
@@ -87,7 +97,8 @@ def list_generations(
 ) -> GenerationPage:
     """Newest first."""
     records, has_more = context.store.page(limit, after)
-    data = [generation(record, origin, *context.store.outlook(record)) for record in records]
+    outlooks = context.store.outlooks(records)
+    data = [generation(record, origin, *outlook) for record, outlook in zip(records, outlooks, strict=True)]
     return GenerationPage(data=data, has_more=has_more, last_id=data[-1].id if data else None)
 
 
@@ -120,13 +131,19 @@ def cancel(job_id: JobIdDep, context: ContextDep, origin: OriginDep, response: R
 
 
 @router.delete("/generate/{job_id}", status_code=204, responses={409: {"model": ErrorEnvelope}, **_ERRORS})
-def delete(job_id: JobIdDep, context: ContextDep) -> None:
+async def delete(job_id: JobIdDep, context: ContextDep) -> None:
     """Remove a generation and its files; one that runs is cancelled first."""
-    context.store.delete(job_id)
+    record = await run_in_threadpool(context.store.get, job_id)
+    if not record.status.is_terminal:
+        with suppress(ApiError):  # it has ended by itself
+            await run_in_threadpool(context.store.cancel, job_id)
+        await events.wait(context.async_redis, job_id, _STOP_S)
+    await run_in_threadpool(context.store.delete, job_id)
 
 
 async def _view(context: Context, record: Record, origin: str) -> Generation:
-    return generation(record, origin, *await run_in_threadpool(context.store.outlook, record))
+    [outlook] = await run_in_threadpool(context.store.outlooks, [record])
+    return generation(record, origin, *outlook)
 
 
 def _wait_s(prefer: str | None) -> int | None:
@@ -170,7 +187,7 @@ async def _read_form(request: Request) -> tuple[GenerateFields, bytes]:
 def _read_json(body: bytes) -> tuple[GenerateFields, bytes]:
     try:
         values = json.loads(body)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ApiError(422, "bad_json", f"the body is not JSON: {error}") from None
     if not isinstance(values, dict):
         message = f"the body is a JSON {type(values).__name__}; wanted an object with image and prompt"

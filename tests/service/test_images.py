@@ -73,6 +73,24 @@ def test_transparency_is_laid_on_white():
     assert result.getpixel((5, 5)) == (255, 255, 255)
 
 
+def test_sixteen_bit_pictures_keep_their_greys():
+    ramp = np.linspace(0, 65535, 64 * 64).reshape(64, 64).astype(np.uint16)
+    grey = np.asarray(opened(clean(encoded(Image.fromarray(ramp)), 64, 64, MAX_PIXELS)).convert("L")).astype(int)
+    assert np.abs(grey - ramp // 256).max() <= 1
+
+
+def test_a_phones_jpeg_with_a_second_picture_is_its_first():
+    first, second = Image.new("RGB", (96, 96), "red"), Image.new("RGB", (96, 96), "blue")
+    data = encoded(first, "MPO", save_all=True, append_images=[second])
+    assert opened(clean(data, 64, 64, MAX_PIXELS)).getpixel((30, 30))[0] > 240
+
+
+def test_a_large_transparent_picture_gives_the_right_colours():
+    """It is reduced before its transparency is laid on white."""
+    data = encoded(Image.new("RGBA", (2000, 2000), (200, 10, 10, 128)))
+    assert opened(clean(data, 64, 64, MAX_PIXELS)).getpixel((5, 5)) == pytest.approx((227, 132, 132), abs=2)
+
+
 @pytest.mark.parametrize("mode", ["L", "P", "1", "CMYK", "I;16", "LA"])
 def test_other_colour_modes_are_converted(mode):
     kind = "JPEG" if mode == "CMYK" else "PNG"
@@ -123,3 +141,5 @@ def test_data_urls():
             from_data_url(text)
     with pytest.raises(ApiError, match="not base64"):
         from_data_url("data:image/png;base64,a$b")
+    with pytest.raises(ApiError, match="not base64"):
+        from_data_url("data:image/png;base64,é")

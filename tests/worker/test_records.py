@@ -29,7 +29,7 @@ def record(records):
         created_at=now(),
         expires_at=now() + 3600,
     )
-    records.create(made)
+    records.create(made, max_queued=10)
     return made
 
 

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from worker.video import encode_mp4, encode_thumbnail
+from tests.clips import decode
+from worker.video import EncodingError, encode_mp4, encode_thumbnail
 
 
 @pytest.fixture
@@ -20,14 +21,6 @@ def frames():
     for t in range(17):
         made[t, 20:40, 2 * t : 2 * t + 20] = (230, 40, 40)
     return made
-
-
-def decode(mp4: bytes, path) -> np.ndarray:
-    path.write_bytes(mp4)
-    reader = imageio_ffmpeg.read_frames(str(path))
-    meta = next(reader)
-    width, height = meta["size"]
-    return np.stack([np.frombuffer(frame, np.uint8).reshape(height, width, 3) for frame in reader])
 
 
 def test_the_file_is_h264_yuv420p_with_its_index_first(frames, tmp_path):
@@ -41,7 +34,7 @@ def test_the_file_is_h264_yuv420p_with_its_index_first(frames, tmp_path):
 
 
 def test_the_frames_survive(frames, tmp_path):
-    back = decode(encode_mp4(frames, fps=8), tmp_path / "v.mp4")
+    back = decode(encode_mp4(frames, fps=8), tmp_path)
     assert back.shape == frames.shape
     # Chroma is halved, so colour edges move; the picture as a whole must not.
     assert np.abs(back.astype(int) - frames.astype(int)).mean() < 4
@@ -54,6 +47,16 @@ def test_the_same_frames_give_the_same_bytes(frames):
 def test_odd_sides_are_refused(frames):
     with pytest.raises(ValueError, match=r"63 x 64; H\.264 in yuv420p needs even sides"):
         encode_mp4(frames[:, :, :63], fps=8)
+
+
+@pytest.mark.parametrize("script", ["echo half > ${!#}; echo no space left >&2; exit 1", "exit 0"])
+def test_what_ffmpeg_did_not_finish_is_an_error(frames, tmp_path, monkeypatch, script):
+    fake = tmp_path / "ffmpeg"
+    fake.write_text(f"#!/bin/bash\ncat >/dev/null\n{script}\n")
+    fake.chmod(0o755)
+    monkeypatch.setattr("worker.video.imageio_ffmpeg.get_ffmpeg_exe", lambda: str(fake))
+    with pytest.raises(EncodingError, match=r"ffmpeg ended with [01]: "):
+        encode_mp4(frames, fps=8)
 
 
 def test_the_thumbnail_is_the_middle_frame(frames):

@@ -6,6 +6,7 @@ import subprocess
 import sys
 
 import pytest
+from rq import Callback
 from rq.command import send_stop_job_command
 from rq.job import Job
 from rq.serializers import JSONSerializer
@@ -63,6 +64,13 @@ def test_a_function_that_is_not_listed_is_not_run(own, queue_redis, tmp_path):
         job = queue.enqueue(function, f"touch {victim}")
         wait_for(lambda job=job: job.get_status(refresh=True) == "failed", 30, f"{function} to be refused")
         assert "ForbiddenFunction" in job.latest_result().exc_string
+    # A function of ours with somebody else's callback: it runs, the callback does not.
+    for when in ("on_success", "on_failure", "on_stopped"):
+        queue.enqueue(
+            "worker.jobs.generate", "vid_" + "0" * 26, job_id=f"callback-{when}", **{when: Callback("os.abort")}
+        )
+        job = Job.fetch(f"callback-{when}", connection=queue_redis, serializer=JSONSerializer)
+        wait_for(lambda job=job: job.get_status(refresh=True) == "finished", 30, "the job to be done")
     assert not victim.exists()
     assert own.processes["worker"].poll() is None
 

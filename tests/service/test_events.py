@@ -1,0 +1,99 @@
+"""Following a job: many at once, nothing twice, no step back. Real Redis."""
+
+import asyncio
+
+import pytest
+
+from service.events import follow, wait
+from service.jobs import new_id
+from worker.contract import Phase, Record, Status
+from worker.records import Records, connect, connect_async, now
+
+
+@pytest.fixture
+def records(redis_server):
+    client = connect(redis_server.url)
+    client.flushdb()
+    yield Records(client)
+    client.close()
+
+
+@pytest.fixture
+def record(records):
+    made = Record(
+        id=new_id(), status=Status.QUEUED, prompt="x", seed=1, model="m", created_at=now(), expires_at=now() + 60
+    )
+    records.create(made, max_queued=10)
+    return made
+
+
+def run_to_the_end(records: Records, record: Record) -> None:
+    record = records.change(record, (Status.QUEUED,), status=Status.RUNNING, attempt=1, phase=Phase.ENCODING)
+    for progress in (0.2, 0.5, 0.9):
+        record = records.change(record, (Status.RUNNING,), phase=Phase.DENOISING, progress=progress)
+    records.change(record, (Status.RUNNING,), status=Status.SUCCEEDED, progress=1.0, finished_at=now())
+
+
+def test_a_hundred_and_fifty_follow_one_job_to_its_end(records, record, redis_server):
+    """Each holds a connection; the client's default pool would turn the 101st away."""
+
+    async def all_of_them() -> list[list[tuple[Status, float]]]:
+        redis = connect_async(redis_server.url)
+        began = asyncio.Event()
+
+        async def one(number: int) -> list[tuple[Status, float]]:
+            seen = []
+            async for _, state in follow(redis, record.id):
+                seen.append((state.status, state.progress))
+                if number == 149:
+                    began.set()
+            return seen
+
+        tasks = [asyncio.create_task(one(number)) for number in range(150)]
+        await began.wait()
+        await asyncio.to_thread(run_to_the_end, records, record)
+        seen = await asyncio.gather(*tasks)
+        await redis.aclose()
+        return seen
+
+    for seen in asyncio.run(all_of_them()):
+        assert seen[-1] == (Status.SUCCEEDED, 1.0)
+        assert [status for status, _ in seen].count(Status.SUCCEEDED) == 1
+        progress = [share for status, share in seen if status is Status.RUNNING]
+        assert progress == sorted(progress)
+
+
+def test_the_whole_story_can_be_read_afterwards(records, record, redis_server):
+    run_to_the_end(records, record)
+
+    async def read() -> list[tuple[Status, float]]:
+        redis = connect_async(redis_server.url)
+        seen = [(state.status, state.progress) async for _, state in follow(redis, record.id, "0-0")]
+        await redis.aclose()
+        return seen
+
+    running = [(Status.RUNNING, share) for share in (0.0, 0.2, 0.5, 0.9)]
+    assert asyncio.run(read()) == [*running, (Status.SUCCEEDED, 1.0)]
+
+
+def test_a_deleted_job_ends_the_following(records, record, redis_server):
+    async def delete_under_it() -> int:
+        redis = connect_async(redis_server.url)
+        count = 0
+        async for _ in follow(redis, record.id):
+            count += 1
+            records.delete(record.id)
+        await redis.aclose()
+        return count
+
+    assert asyncio.run(delete_under_it()) == 1
+
+
+def test_waiting_ends_with_its_time(record, redis_server):
+    async def briefly() -> Record | None:
+        redis = connect_async(redis_server.url)
+        found = await wait(redis, record.id, 0.5)
+        await redis.aclose()
+        return found
+
+    assert asyncio.run(briefly()).status is Status.QUEUED
