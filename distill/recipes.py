@@ -45,10 +45,10 @@ def teach_shapes() -> TeachConfig:
             max_sequence_length=32,
             text_drop=0.1,
             shift=5.0,
-            num_clips=6000,
+            num_clips=5000,
             fit=frames.model_copy(
                 update=dict(
-                    steps=1800, batch=32, learning_rate=6e-4, warmup_steps=100, weight_decay=0.01, ema_decay=0.995,
+                    steps=1500, batch=32, learning_rate=6e-4, warmup_steps=100, weight_decay=0.01, ema_decay=0.995,
                     log_every=25, checkpoint_every=200, sample_every=400,
                 )
             ),

@@ -8,7 +8,9 @@ from pathlib import Path
 import httpx
 import pytest
 
-from tests.stack import RedisServer, Stack
+from tests.stack import RedisServer, Stack, new_record
+from worker.contract import Record
+from worker.records import Records, connect
 
 OUR_VARIABLES = ("REDIS_URL", "STORAGE_URL", "PUBLIC_URL", "HOST", "PORT", "MODEL", "DEVICE", "MAX_QUEUED", "LEASE_S")
 
@@ -31,6 +33,23 @@ def redis_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RedisServ
     server.start()
     yield server
     server.stop()
+
+
+@pytest.fixture
+def records(redis_server: RedisServer) -> Iterator[Records]:
+    """The records of an empty Redis."""
+    client = connect(redis_server.url)
+    client.flushdb()
+    yield Records(client)
+    client.close()
+
+
+@pytest.fixture
+def record(records: Records) -> Record:
+    """A job that has just been accepted."""
+    made = new_record()
+    records.create(made, max_queued=10)
+    return made
 
 
 @pytest.fixture(scope="session")

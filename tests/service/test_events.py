@@ -2,29 +2,9 @@
 
 import asyncio
 
-import pytest
-
 from service.events import follow, wait
-from service.jobs import new_id
 from worker.contract import Phase, Record, Status
-from worker.records import Records, connect, connect_async, now
-
-
-@pytest.fixture
-def records(redis_server):
-    client = connect(redis_server.url)
-    client.flushdb()
-    yield Records(client)
-    client.close()
-
-
-@pytest.fixture
-def record(records):
-    made = Record(
-        id=new_id(), status=Status.QUEUED, prompt="x", seed=1, model="m", created_at=now(), expires_at=now() + 60
-    )
-    records.create(made, max_queued=10)
-    return made
+from worker.records import Records, connect_async, now
 
 
 def run_to_the_end(records: Records, record: Record) -> None:

@@ -6,31 +6,8 @@ import re
 import pytest
 
 from service.jobs import new_id
-from worker.contract import Phase, Record, Status, events_key, record_key
-from worker.records import Records, Refused, connect, now
-
-
-@pytest.fixture
-def records(redis_server):
-    client = connect(redis_server.url)
-    client.flushdb()
-    yield Records(client)
-    client.close()
-
-
-@pytest.fixture
-def record(records):
-    made = Record(
-        id=new_id(),
-        status=Status.QUEUED,
-        prompt="a red circle grows",
-        seed=7,
-        model="m",
-        created_at=now(),
-        expires_at=now() + 3600,
-    )
-    records.create(made, max_queued=10)
-    return made
+from worker.contract import Phase, Status, events_key, record_key
+from worker.records import Refused
 
 
 def test_ids_are_unique_and_sort_by_age():
