@@ -53,7 +53,7 @@ def teach_shapes() -> TeachConfig:
                 )
             ),
         ),
-        call=CallConfig(num_inference_steps=20, guidance_scale=1.0),
+        call=CallConfig(num_inference_steps=10, guidance_scale=2.0),
     )  # fmt: skip
 
 
