@@ -19,7 +19,6 @@ from safetensors import safe_open
 
 from distill.prompt import Prompt
 
-FORMAT = 1
 CARD_NAMES = ("student.json", "teacher.json")
 
 

@@ -25,7 +25,6 @@ class Settings(BaseSettings):
     torch_threads: int = Field(default=os.cpu_count() or 1, ge=1)
     lease_s: int = Field(default=60, ge=4)
     """A job whose worker has been silent for so long is given to another."""
-    job_timeout_s: int = Field(default=1800, ge=1)
 
     @field_validator("model")
     @classmethod
