@@ -87,7 +87,7 @@ class JobStore:
         """
         card = self._model(fields)
         prompt = self._prompt(card, fields.prompt)
-        self._check_room()
+        self._check_room(card)
         picture = images.clean(image, card.video.width, card.video.height, self._settings.max_pixels)
         started = now()
         record = Record(
@@ -105,7 +105,7 @@ class JobStore:
             self._enqueue(record.id)
         except QueueFull:
             self._storage.delete(input_path(record.id))
-            raise self._queue_full() from None
+            raise self._queue_full(card) from None
         except BaseException:
             self._forget(record.id)
             raise
@@ -132,17 +132,17 @@ class JobStore:
         except ValueError as error:
             raise ApiError(422, "prompt_not_understood", f"prompt: {error}", param="prompt") from None
 
-    def _check_room(self) -> None:
+    def _check_room(self, card: ModelCard) -> None:
         if self.records.num_queued() >= self._settings.max_queued:
-            raise self._queue_full()
+            raise self._queue_full(card)
         free = self._storage.free_bytes()
         if free is not None and free < self._settings.min_free_bytes:
             message = "the disk is nearly full, so no new video can be kept; an administrator has to make room"
             raise ApiError(507, "disk_full", message, retry_after_s=120)
 
-    def _queue_full(self) -> ApiError:
+    def _queue_full(self, card: ModelCard) -> ApiError:
         waiting = self._settings.max_queued
-        seconds = self._seconds_per_job(active_model(self._redis)) or 5.0
+        seconds = self._seconds_per_job(card.name) or 5.0
         # A tenth of the queue gone is a fair chance; beyond 120 s common clients give up instead of waiting.
         retry_after_s = max(1, min(120, math.ceil(seconds * waiting / 10)))
         message = f"{waiting} jobs are waiting, and no more may; try again in {retry_after_s} s"
@@ -194,11 +194,12 @@ class JobStore:
 
     def outlooks(self, records: list[Record]) -> list[tuple[int | None, float | None]]:
         """For each: place in the queue (1 is next) and seconds until done, None where not known or not due."""
-        if all(record.status.is_terminal for record in records):
-            return [(None, None)] * len(records)
-        seconds = self._seconds_per_job(active_model(self._redis))
-        num_workers = max(1, len(ready_workers(self._redis)))
-        return [self._outlook(record, seconds, num_workers) for record in records]
+        # Asked at each step of each job that somebody follows, so only what these records need is read.
+        under_way = {record.model for record in records if not record.status.is_terminal}
+        seconds = {model: self._seconds_per_job(model) for model in under_way}
+        any_queued = any(record.status is Status.QUEUED for record in records)
+        num_workers = max(1, len(ready_workers(self._redis))) if any_queued else 1
+        return [self._outlook(record, seconds.get(record.model), num_workers) for record in records]
 
     def _outlook(self, record: Record, seconds: float | None, num_workers: int) -> tuple[int | None, float | None]:
         if record.status.is_terminal:
@@ -212,8 +213,8 @@ class JobStore:
         rounds = math.ceil(position / num_workers)
         return position, round(seconds * (rounds + 0.5), 2)  # whoever is running now is half done on average
 
-    def _seconds_per_job(self, card: ModelCard | None) -> float | None:
-        text = cast(str | None, self._redis.hget(SECONDS_KEY, card.sha256)) if card else None
+    def _seconds_per_job(self, model: str) -> float | None:
+        text = cast(str | None, self._redis.hget(SECONDS_KEY, model))
         return float(text) if text else None
 
     # --- cancel and delete ----------------------------------------------------------------------------------------

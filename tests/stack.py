@@ -82,6 +82,18 @@ class RedisServer:
         stop(self.process)
 
 
+def run_with(module: str, environment: dict[str, str]) -> subprocess.CompletedProcess[str]:
+    """Run a program that is to end by itself, with these variables set."""
+    return subprocess.run(
+        [sys.executable, "-m", module],
+        cwd=ROOT,
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+
+
 def _answers(client: redis.Redis) -> bool:
     try:
         return bool(client.ping())

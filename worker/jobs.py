@@ -28,6 +28,7 @@ from rq.timeouts import JobTimeoutException
 from worker import video
 from worker.contract import (
     MAX_ATTEMPTS,
+    OUTPUT_SUFFIXES,
     SECONDS_KEY,
     Phase,
     Record,
@@ -69,15 +70,19 @@ def install(runtime: Runtime) -> None:
     _runtime = runtime
 
 
+def _installed() -> Runtime:
+    if _runtime is None:
+        raise RuntimeError("worker.jobs.install has not been called: this process is no worker")
+    return _runtime
+
+
 def generate(job_id: str) -> None:
     """Run one job (called by rq).
 
     A failure of the job itself ends in its record and returns; only a failure of the plumbing (Redis, storage) is
     raised, so that rq tries again, and only by the attempt that is current: what a late one meets is not the job's.
     """
-    if _runtime is None:
-        raise RuntimeError("worker.jobs.install has not been called: this process is no worker")
-    runtime = _runtime
+    runtime = _installed()
     record = runtime.records.get(job_id)
     if record is None:
         log.warning("%s: there is no such record; it was deleted while queued", job_id)
@@ -93,8 +98,7 @@ def generate(job_id: str) -> None:
     except Refused as refused:
         log.warning("%s: attempt %d gave way, the job is %s", job_id, record.attempt, refused.found)
     except (RedisError, OSError) as error:
-        current = runtime.records.get(job_id)
-        if current is not None and (current.worker, current.attempt) == (runtime.name, record.attempt):
+        if _held(runtime, job_id, record.attempt):
             raise
         log.warning("%s: attempt %d is no longer the current one (%s)", job_id, record.attempt, error)
 
@@ -124,10 +128,10 @@ def _attempt(runtime: Runtime, record: Record) -> None:
 
 
 def generate_failed(
-    job: Job, connection: Redis, kind: type[BaseException], value: BaseException | None, _trace: TracebackType | None
+    job: Job, _connection: Redis, kind: type[BaseException], value: BaseException | None, _trace: TracebackType | None
 ) -> None:
     """Called by rq when an attempt was lost: Redis or the storage failed, or its worker died. Puts the record right."""
-    records = Records(_text_client(connection))
+    records = _installed().records  # rq's own connection answers in bytes
     record = records.get(job.args[0])
     if record is None or record.status.is_terminal:
         return
@@ -142,13 +146,6 @@ def generate_failed(
     except Refused as refused:
         log.info("%s: left as it is, %s", record.id, refused.found)
     log.warning("%s: attempt %d lost (%s: %s)", record.id, record.attempt, kind.__name__, value)
-
-
-def _text_client(connection: Redis) -> Redis:
-    """rq's connection answers in bytes; records are text."""
-    kwargs = {**connection.connection_pool.connection_kwargs, "decode_responses": True}
-    pool = type(connection.connection_pool)(connection_class=connection.connection_pool.connection_class, **kwargs)
-    return Redis(connection_pool=pool)
 
 
 def _claim(runtime: Runtime, record: Record) -> Record:
@@ -169,10 +166,15 @@ def _claim(runtime: Runtime, record: Record) -> Record:
     except Refused:
         # The connection may have dropped after the claim was written and before we were told; the client then sent
         # it again, and it met our own claim.
-        found = runtime.records.get(record.id)
-        if found and (found.worker, found.attempt) == (runtime.name, record.attempt + 1):
+        if found := _held(runtime, record.id, record.attempt + 1):
             return found
         raise
+
+
+def _held(runtime: Runtime, job_id: str, attempt: int) -> Record | None:
+    """The record as it is now, if this worker holds the job and this attempt is the current one."""
+    found = runtime.records.get(job_id)
+    return found if found and (found.worker, found.attempt) == (runtime.name, attempt) else None
 
 
 def _acknowledge_cancel(runtime: Runtime, record: Record) -> None:
@@ -220,7 +222,8 @@ def _run(runtime: Runtime, record: Record) -> None:
     except Refused as refused:
         if refused.found != "missing":
             raise
-        _remove_outputs(runtime, record)  # deleted while it was being saved: leave nothing behind
+        for suffix in OUTPUT_SUFFIXES:  # deleted while it was being saved: leave nothing behind
+            runtime.storage.delete(output_path(record.id, suffix))
         return
     _learn_duration(runtime, time.perf_counter() - started)
 
@@ -241,14 +244,9 @@ def _end_as_failed(records: Records, record: Record, since: tuple[Status, ...], 
     records.change(record, since, fence=True, status=Status.FAILED, **changes)
 
 
-def _remove_outputs(runtime: Runtime, record: Record) -> None:
-    for suffix in ("mp4", "jpg", "json"):
-        runtime.storage.delete(output_path(record.id, suffix))
-
-
 def _learn_duration(runtime: Runtime, seconds: float) -> None:
     """Moving average of a job's seconds, for the ETA. Two workers at once may lose one sample; it does not matter."""
-    redis, name = runtime.records.redis, runtime.pipeline.card.sha256
+    redis, name = runtime.records.redis, runtime.pipeline.card.name
     before = cast(str | None, redis.hget(SECONDS_KEY, name))
     redis.hset(SECONDS_KEY, name, str(seconds if before is None else 0.8 * float(before) + 0.2 * seconds))
 

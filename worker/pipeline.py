@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from distill import student
+from distill.backbones import wan
 from worker.contract import ModelCard, Phase, VideoSize
 
 OnProgress = Callable[[Phase, float], None]
@@ -148,7 +149,8 @@ class VideoPipeline:
 
         # 3. Decode.
         on_progress(Phase.DECODING, encode_share + denoise_share)
-        video_BTHWC = self._decode(latents_BCTHW)
+        video_BCTHW = wan.decode_latents(self._pipe.vae, latents_BCTHW)
+        video_BTHWC = self._pipe.video_processor.postprocess_video(video_BCTHW, output_type="np")
         frames_THWC = (video_BTHWC[0] * 255).round().astype(np.uint8)
         marks.append(self._clock())
         phases = (Phase.ENCODING, Phase.DENOISING, Phase.DECODING)
@@ -156,17 +158,6 @@ class VideoPipeline:
         timings_s = dict(zip(phases, seconds, strict=True))
         self._shares = {phase: taken / (marks[-1] - marks[0]) for phase, taken in timings_s.items()}
         return Result(frames_THWC, timings_s)
-
-    def _decode(self, latents_BCTHW: torch.Tensor) -> NDArray[np.float32]:
-        """What the stock pipeline does after its last step (`output_type="np"`)."""
-        vae = self._pipe.vae
-        latents = latents_BCTHW.to(vae.dtype)
-        shape = (1, -1, 1, 1, 1)
-        mean = torch.tensor(vae.config.latents_mean, dtype=vae.dtype, device=vae.device).view(shape)
-        std = torch.tensor(vae.config.latents_std, dtype=vae.dtype, device=vae.device).view(shape)
-        video = vae.decode(latents * std + mean, return_dict=False)[0]
-        frames: NDArray[np.float32] = self._pipe.video_processor.postprocess_video(video, output_type="np")
-        return frames
 
     def _clock(self) -> float:
         if self.device == "cuda":

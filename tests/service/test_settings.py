@@ -1,12 +1,8 @@
 """Settings and start: what is wrong is said at once, in one line."""
 
-import os
-import subprocess
-import sys
-
 import pytest
 
-from tests.stack import ROOT
+from tests.stack import run_with
 
 
 @pytest.mark.parametrize(
@@ -19,14 +15,7 @@ from tests.stack import ROOT
     ],
 )
 def test_a_wrong_setting_ends_the_service_with_2_and_one_line(environment, says):
-    done = subprocess.run(
-        [sys.executable, "-m", "service"],
-        cwd=ROOT,
-        env={**os.environ, **environment},
-        capture_output=True,
-        text=True,
-        timeout=60,
-    )
+    done = run_with("service", environment)
     assert done.returncode == 2
     assert done.stderr.startswith(says)
     assert len(done.stderr.splitlines()) == 1

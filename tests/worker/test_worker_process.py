@@ -2,8 +2,6 @@
 
 import os
 import signal
-import subprocess
-import sys
 
 import pytest
 from rq import Callback
@@ -14,7 +12,7 @@ from rq.serializers import JSONSerializer
 from service.jobs import JobStore
 from service.schema import GenerateFields
 from service.settings import Settings
-from tests.stack import ROOT, Stack, wait_for
+from tests.stack import ROOT, Stack, run_with, wait_for
 from worker.contract import Status, output_path
 from worker.gpu_worker import make_queue
 from worker.records import connect, ready_workers
@@ -149,14 +147,7 @@ def test_a_job_whose_every_attempt_is_lost_fails(own, store, submit, queue_redis
     ],
 )
 def test_a_wrong_setting_ends_the_worker_with_2_and_one_line(environment, says):
-    done = subprocess.run(
-        [sys.executable, "-m", "worker"],
-        cwd=ROOT,
-        env={**os.environ, **environment},
-        capture_output=True,
-        text=True,
-        timeout=60,
-    )
+    done = run_with("worker", environment)
     assert done.returncode == 2
     assert says in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1
