@@ -1,4 +1,4 @@
-"""`python -m distill`: teach a teacher, draw the example pictures.
+"""`python -m distill`: teach a teacher, evaluate a model folder, draw the example pictures.
 
 Exit codes: 0 done, 2 a user's error (one line says what), 75 interrupted and resumable by the same command.
 """
@@ -9,10 +9,11 @@ import argparse
 import json
 import os
 import sys
+from importlib import import_module
 from pathlib import Path
 
 from distill import recipes
-from distill.config import ConfigError, TeachConfig, override
+from distill.config import Config, ConfigError, override
 
 RESUMABLE = 75
 
@@ -29,32 +30,83 @@ def main(arguments: list[str] | None = None) -> int:
     teach.add_argument("folder", type=Path, help="run folder; the teacher is FOLDER/teacher")
     teach.add_argument("--set", action="append", default=[], metavar="A.B=C", help="change one setting")
     teach.add_argument("--dry-run", action="store_true", help="print the resolved configuration and stop")
+    evaluate = commands.add_parser("evaluate", help="measure a model folder on clips that it has never seen")
+    evaluate.add_argument("folder", type=Path, help="a model folder, for example models/shapes-teacher")
+    evaluate.add_argument("--out", type=Path, help="where the report goes (var/evaluations/NAME)")
+    evaluate.add_argument("--split", choices=("test", "dev"), default="test", help="choices are made on dev")
+    evaluate.add_argument("--clips", type=int, help="half of them with closed captions (256)")
+    evaluate.add_argument("--seeds", type=int, help="of the noise (3)")
+    evaluate.add_argument("--steps", type=int, nargs="+", help="one or more numbers of steps (the folder's own)")
+    evaluate.add_argument("--guidance", type=float, nargs="+", help="one or more guidance scales (the folder's own)")
+    evaluate.add_argument("--pairs", type=int, help="open pairs that diversity is measured on (32; 0: not at all)")
+    evaluate.add_argument("--precision", choices=("float32", "bfloat16"), help="of the transformer (bfloat16)")
+    evaluate.add_argument(
+        "--store-best", action="store_true", help="write the setting with the best score into the card (dev only)"
+    )
+    features = commands.add_parser("features", help="train the small classifier whose features fvd_shapes compares")
+    features.add_argument("folder", type=Path)
+    features.add_argument("--set", action="append", default=[], metavar="A.B=C", help="change one setting")
     examples = commands.add_parser("examples", help="draw the playground's example pictures")
     examples.add_argument("folder", type=Path)
     options = parser.parse_args(arguments)
     if options.command == "examples":
         return _examples(options.folder)
+    if options.command == "evaluate":
+        return _evaluate(options)
     try:
+        if options.command == "features":
+            return _train("features", options.folder, override(recipes.features_shapes(), options.set))
         config = override(recipes.load_teacher(options.world), options.set)
         if options.dry_run:
             print(json.dumps(config.model_dump(mode="json"), indent=2))
             return 0
-        return _teach(options.folder, config)
+        return _train("teach", options.folder, config)
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
 
 
-def _teach(folder: Path, config: TeachConfig) -> int:
+def _train(module: str, folder: Path, config: Config) -> int:
     # Imported here: the commands that only read must not pay for torch, and a bad setting fails at once.
     from distill.loop import Interrupted
-    from distill.teach import teach
 
     try:
-        print(teach(folder, config))
+        print(import_module(f"distill.{module}").teach(folder, config))
     except Interrupted:
         print(f"interrupted; the same command goes on from {folder}", file=sys.stderr)
         return RESUMABLE
+    return 0
+
+
+def _evaluate(options: argparse.Namespace) -> int:
+    given = {
+        "split": options.split,
+        "clips": options.clips,
+        "seeds": options.seeds,
+        "num_inference_steps": options.steps,
+        "guidance_scale": options.guidance,
+        "diversity_pairs": options.pairs,
+        "precision": options.precision,
+    }
+    from distill.student import FolderError
+
+    try:
+        if options.store_best and options.split != "dev":
+            raise ConfigError("--store-best is a choice, and choices are made on the dev split: add --split dev")
+        settings = [f"{name}={json.dumps(value)}" for name, value in given.items() if value is not None]
+        config = override(recipes.evaluate_shapes(), settings)
+        from distill import evaluate, student
+
+        out = options.out or Path("var/evaluations") / options.folder.resolve().name
+        results = evaluate.evaluate(options.folder, out, config, lambda line: print(line, file=sys.stderr, flush=True))
+        print((out / "report.md").read_text())
+        if options.store_best:
+            best = max(results, key=lambda result: result.mean_score)
+            student.restate(options.folder, best.setting.num_inference_steps, best.setting.guidance_scale)
+            print(f"stored in {options.folder}: {best.setting}")
+    except (ConfigError, FolderError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
     return 0
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -48,10 +48,13 @@ class VaeConfig(Config):
     """The video autoencoder, `AutoencoderKLWan` in the style of Wan2.2: 8x in space, 4x in time."""
 
     base_dim: int
+    dim_mult: tuple[int, int, int]
+    """Channels at a half, a quarter and an eighth of the frame's size, in multiples of ``base_dim``."""
     z_dim: int
-    kl_weight: float
+    kl_weight: float = Field(ge=0, description="weight of the mean divergence per latent number")
+    compile: bool = Field(description="train through torch.compile")
     frames: FitConfig
-    """First on single frames: spatial detail costs a tenth there."""
+    """First on single frames: spatial detail costs a twentieth there."""
     clips: FitConfig
     """Then on whole clips: what was never trained at a frame's position drifts there."""
 
@@ -69,6 +72,7 @@ class TransformerConfig(Config):
     text_drop: float = Field(ge=0, le=1, description="share of captions replaced by the empty one, for guidance")
     shift: float = Field(gt=0, description="of the noise levels, in training and in the saved scheduler")
     num_clips: int = Field(gt=0, description="training clips whose latents are cached")
+    compile: bool = Field(description="train through torch.compile")
     fit: FitConfig
 
 
@@ -87,6 +91,26 @@ class TeachConfig(Config):
     vae: VaeConfig
     transformer: TransformerConfig
     call: CallConfig
+
+
+class FeaturesConfig(Config):
+    """The classifier whose features `fvd_shapes` compares (`distill.features`)."""
+
+    seed: int
+    fit: FitConfig
+
+
+class EvaluateConfig(Config):
+    """What `distill evaluate` samples and measures."""
+
+    split: Literal["test", "dev"]
+    clips: int = Field(ge=2, description="half of them with closed captions")
+    seeds: int = Field(ge=1, description="of the noise")
+    num_inference_steps: tuple[int, ...] = Field(description="every one of them; none: the card's own")
+    guidance_scale: tuple[float, ...] = Field(description="every one of them; none: the card's own")
+    diversity_pairs: int = Field(ge=0, description="open (image, caption) pairs; 0 leaves diversity out")
+    diversity_samples: int = Field(ge=2, description="samples of each pair")
+    precision: Literal["float32", "bfloat16"]
 
 
 ConfigT = TypeVar("ConfigT", bound=Config)

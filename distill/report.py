@@ -1,4 +1,4 @@
-"""Pictures for people: contact sheets."""
+"""Pictures for people: contact sheets, bars, animations."""
 
 from __future__ import annotations
 
@@ -6,28 +6,91 @@ import os
 from pathlib import Path
 
 import torch
+from matplotlib.figure import Figure
 from PIL import Image
 from torch import Tensor
 
 
-def contact_sheet(path: Path, videos_BCTHW: list[Tensor], num_columns: int = 6) -> None:
+def contact_sheet(
+    path: Path, videos_BCTHW: list[Tensor], num_columns: int = 6, inputs_BCHW: Tensor | None = None
+) -> None:
     """One PNG: for each clip a band, in it a row for each of ``videos_BCTHW``, evenly spaced frames across.
 
     Args:
         path: written aside and renamed.
         videos_BCTHW: batches of equal shape, for example ground truth and result, values in [-1, 1].
         num_columns: frames shown of each clip, first and last among them.
+        inputs_BCHW: the pictures that the clips were made from, shown once at the left of each band.
     """
     num_frames = videos_BCTHW[0].shape[2]
     columns = torch.linspace(0, num_frames - 1, min(num_columns, num_frames)).round().long()
     bands = []
     for clip in range(len(videos_BCTHW[0])):
-        for video in videos_BCTHW:
-            bands.append(torch.cat(list(video[clip][:, columns].float().clamp(-1, 1).unbind(1)), dim=2))
+        for row, video in enumerate(videos_BCTHW):
+            tiles = list(video[clip][:, columns].float().clamp(-1, 1).unbind(1))
+            if inputs_BCHW is not None:
+                tile = inputs_BCHW[clip] if row == 0 else torch.ones_like(inputs_BCHW[clip])
+                tiles = [tile, torch.ones_like(tile[:, :, :4]), *tiles]
+            bands.append(torch.cat(tiles, dim=2))
         bands.append(torch.ones(3, 4, bands[-1].shape[-1]))  # a white rule under each clip
     sheet_CHW = torch.cat(bands[:-1], dim=1)
     pixels_HWC = ((sheet_CHW + 1) * 127.5).round().byte().permute(1, 2, 0).contiguous()
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_suffix(".tmp.png")
     Image.fromarray(pixels_HWC.numpy()).resize((pixels_HWC.shape[1] * 2, pixels_HWC.shape[0] * 2), 0).save(aside)
+    os.replace(aside, path)
+
+
+def bars(path: Path, groups: dict[str, dict[str, tuple[float, float, float]]], title: str) -> None:
+    """Horizontal bars with 95 % intervals: for each name of a metric one bar for each group.
+
+    Args:
+        path: PNG, written aside and renamed.
+        groups: group -> metric -> (mean, low, high).
+        title: over the plot.
+    """
+    names = list(next(iter(groups.values())))
+    height = 0.8 / len(groups)
+    figure = Figure(figsize=(7, 0.6 + len(names) * (0.25 + 0.16 * len(groups))), layout="constrained")
+    axes = figure.subplots()
+    for number, (group, values) in enumerate(groups.items()):
+        means, lows, highs = zip(*(values[name] for name in names), strict=True)
+        places = [row + number * height for row in range(len(names))]
+        below = [mean - low for mean, low in zip(means, lows, strict=True)]
+        above = [high - mean for mean, high in zip(means, highs, strict=True)]
+        axes.barh(places, means, height, label=group, xerr=[below, above], capsize=2)
+    axes.set_yticks([row + 0.4 - height / 2 for row in range(len(names))], names)
+    axes.invert_yaxis()
+    axes.set_xlim(0, 1.05)
+    axes.set_title(title)
+    axes.legend(fontsize="small")
+    aside = path.with_suffix(".tmp.png")
+    figure.savefig(aside, dpi=120)
+    os.replace(aside, path)
+
+
+def animation(path: Path, videos_BCTHW: list[Tensor], fps: int, columns: int = 2, scale: int = 2) -> None:
+    """An animated WebP: each clip's videos side by side, ``columns`` clips to a row; the last frame stays for a second.
+
+    Args:
+        path: written aside and renamed.
+        videos_BCTHW: batches of equal shape, for example input (repeated), ground truth and result, in [-1, 1].
+        fps: frames a second.
+        columns: clips to a row; what is left over of the last row stays white.
+        scale: pixels on the screen for each pixel.
+    """
+    batch, _, num_frames, height, width = videos_BCTHW[0].shape
+    rows = -(-batch // columns)
+    cell_height, cell_width = height + 4, len(videos_BCTHW) * width + 12
+    canvas_TCHW = torch.ones(num_frames, 3, rows * cell_height, columns * cell_width)
+    for clip in range(batch):
+        beside = torch.cat([video[clip].float().clamp(-1, 1) for video in videos_BCTHW], dim=-1).transpose(0, 1)
+        top, left = clip // columns * cell_height, clip % columns * cell_width
+        canvas_TCHW[:, :, top : top + height, left : left + beside.shape[-1]] = beside
+    pixels_THWC = ((canvas_TCHW + 1) * 127.5).round().byte().permute(0, 2, 3, 1).contiguous().numpy()
+    size = (pixels_THWC.shape[2] * scale, pixels_THWC.shape[1] * scale)
+    frames = [Image.fromarray(frame).resize(size, Image.Resampling.LANCZOS) for frame in pixels_THWC]
+    durations = [1000 // fps] * (num_frames - 1) + [1000]
+    aside = path.with_suffix(".tmp.webp")
+    frames[0].save(aside, save_all=True, append_images=frames[1:], duration=durations, loop=0, quality=80, method=6)
     os.replace(aside, path)

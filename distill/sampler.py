@@ -5,6 +5,7 @@ For the same noise it gives what the stock pipeline gives (tests/distill/test_te
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -14,15 +15,27 @@ from torch import Tensor
 from distill.backbones import wan
 
 
-def noise_like_stock(count: int, first_BC1HW: Tensor, num_frames: int, seed: int) -> Tensor:
-    """Starting noise ``[count, C, T, H, W]`` of latents for videos of ``num_frames`` (4 n + 1) frames."""
-    _, channels, _, height, width = first_BC1HW.shape
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(count, channels, 1 + (num_frames - 1) // 4, height, width, generator=generator)
+def draw_noise(pipe: Any, seeds: Sequence[int], call: dict[str, Any]) -> Tensor:
+    """Starting noise ``[B, C, T, H, W]``, a clip for each seed: what the stock pipeline draws from that seed."""
+    shape = (
+        pipe.transformer.config.in_channels,
+        1 + (call["num_frames"] - 1) // pipe.vae_scale_factor_temporal,
+        call["height"] // pipe.vae_scale_factor_spatial,
+        call["width"] // pipe.vae_scale_factor_spatial,
+    )
+    return torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
 
 
 @torch.no_grad()
-def sample(pipe: Any, first_BCHW: Tensor, prompts: list[str], call: dict[str, Any], seed: int) -> Tensor:
+def sample(
+    pipe: Any,
+    first_BCHW: Tensor,
+    prompts: Sequence[str],
+    call: dict[str, Any],
+    noise_BCTHW: Tensor,
+    precision: torch.dtype = torch.float32,
+    velocity: Callable[..., Tensor] = wan.predict_velocity,
+) -> Tensor:
     """Videos ``[B, C, T, H, W]`` in [-1, 1]: deterministic Euler steps, with classifier-free guidance if ``call`` asks.
 
     Args:
@@ -30,20 +43,25 @@ def sample(pipe: Any, first_BCHW: Tensor, prompts: list[str], call: dict[str, An
         first_BCHW: first frames in [-1, 1].
         prompts: one for each of them.
         call: a model card's ``call``: num_inference_steps, guidance_scale, num_frames, max_sequence_length.
-        seed: of the noise.
+        noise_BCTHW: see ``draw_noise``.
+        precision: of the transformer's matrix products; bfloat16 is three times as fast on a CPU that has it.
+        velocity: `wan.predict_velocity`, or a compiled one.
     """
+    device, batch, scale = pipe.transformer.device, len(prompts), call["guidance_scale"]
     pipe.scheduler.set_timesteps(call["num_inference_steps"])
-    first_BC1HW = wan.encode_video(pipe.vae, first_BCHW[:, :, None])
-    length = call["max_sequence_length"]
-    text_BLD = wan.encode_text(pipe.tokenizer, pipe.text_encoder, prompts, length)
-    empty_BLD = wan.encode_text(pipe.tokenizer, pipe.text_encoder, [""] * len(prompts), length)
-    scale = call["guidance_scale"]
-    x_BCTHW = noise_like_stock(len(prompts), first_BC1HW, call["num_frames"], seed)
-    for sigma, after in pairwise(pipe.scheduler.sigmas):
-        sigma_B = sigma.expand(len(prompts))
-        velocity = wan.predict_velocity(pipe.transformer, x_BCTHW, sigma_B, first_BC1HW, text_BLD)
-        if scale > 1:
-            without = wan.predict_velocity(pipe.transformer, x_BCTHW, sigma_B, first_BC1HW, empty_BLD)
-            velocity = without + scale * (velocity - without)
-        x_BCTHW = x_BCTHW + (after - sigma) * velocity
+    first_BC1HW = wan.encode_video(pipe.vae, first_BCHW[:, :, None].to(device))
+    guided = scale > 1
+    texts = [*prompts, *([""] * batch if guided else [])]
+    text_BLD = wan.encode_text(pipe.tokenizer, pipe.text_encoder, texts, call["max_sequence_length"])
+    firsts = torch.cat([first_BC1HW] * 2) if guided else first_BC1HW
+    x_BCTHW = noise_BCTHW.to(device)
+    for sigma, after in pairwise(pipe.scheduler.sigmas.tolist()):
+        both = torch.cat([x_BCTHW] * 2) if guided else x_BCTHW
+        sigma_B = torch.full((len(both),), sigma, device=device)
+        with torch.autocast(device.type, torch.bfloat16, enabled=precision == torch.bfloat16):
+            predicted = velocity(pipe.transformer, both, sigma_B, firsts, text_BLD).float()
+        if guided:
+            with_text, without = predicted.chunk(2)
+            predicted = without + scale * (with_text - without)
+        x_BCTHW = x_BCTHW + (after - sigma) * predicted
     return wan.decode_latents(pipe.vae, torch.cat([first_BC1HW, x_BCTHW[:, :, 1:]], dim=2))

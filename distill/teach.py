@@ -3,7 +3,7 @@
 The parts of a stock `WanImageToVideoPipeline` (Wan2.2-TI2V style) at tiny size, trained in this order, each skipped
 when its result is already in the folder:
 
-1. the video autoencoder, on single frames and then on whole clips;
+1. the video autoencoder, on single frames and then on whole clips (`distill.autoencoder`);
 2. latents of the training clips, encoded once, and their mean and deviation;
 3. the transformer with its text encoder, by rectified flow on those latents;
 4. the folder, `FOLDER/teacher`, written aside and renamed.
@@ -20,17 +20,16 @@ from typing import Any
 
 import torch
 from diffusers import AutoencoderKLWan, FlowMatchEulerDiscreteScheduler, WanImageToVideoPipeline, WanTransformer3DModel
-from diffusers.models.autoencoders.autoencoder_kl_wan import WanCausalConv3d
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
 
-from distill import losses, report, sampler, schedule, student
+from distill import autoencoder, losses, report, sampler, schedule, student
 from distill.backbones import wan
-from distill.config import ConfigError, TeachConfig, TransformerConfig, VaeConfig
+from distill.config import ConfigError, TeachConfig, TransformerConfig
 from distill.data import shapes
-from distill.loop import Run, fit
+from distill.loop import Run, compiled, fit, training_device
 from distill.prompt import Prompt
 
 EXAMPLES = (
@@ -53,7 +52,7 @@ def teach(folder: Path, config: TeachConfig) -> Path:
     run = Run(folder, config.seed)
     out = folder / "teacher"
     with run.handling_signals():
-        vae = teach_vae(run, config.vae)
+        vae = autoencoder.teach(run, config.vae)
         latents, captions = encode_clips(run, vae, config.transformer.num_clips)
         tokenizer = make_tokenizer()
         networks = teach_transformer(run, vae, tokenizer, latents, captions, config)
@@ -89,95 +88,7 @@ def dev_clips(seed: int, count: int) -> shapes.Clips:
     return shapes.clips(seed, shapes.SPLITS["dev"][:count])
 
 
-# --- 1. the video autoencoder ---------------------------------------------------------------------------------------
-
-
-def make_vae(config: VaeConfig) -> AutoencoderKLWan:
-    """An untrained autoencoder: 17 x 64 x 64 pixels to 5 x 8 x 8 latents of ``z_dim`` channels."""
-    vae = AutoencoderKLWan(
-        base_dim=config.base_dim,
-        z_dim=config.z_dim,
-        dim_mult=[1, 2, 4],
-        num_res_blocks=1,
-        temperal_downsample=[True, True],
-        patch_size=2,
-        in_channels=12,
-        out_channels=12,
-        scale_factor_temporal=4,
-        scale_factor_spatial=8,
-        latents_mean=[0.0] * config.z_dim,
-        latents_std=[1.0] * config.z_dim,
-    )
-    inflate(vae)
-    return vae
-
-
-@torch.no_grad()
-def inflate(vae: AutoencoderKLWan) -> None:
-    """Begin as an image autoencoder that treats each frame alone (inflation, Carreira and Zisserman 2017).
-
-    A causal convolution that has only seen single frames has only trained the tap of the present frame; the taps of
-    the past would come in as noise with the first clip. They begin at zero, and the resampling in time begins by
-    keeping the last frame (down) and repeating it (up), so what was learnt on frames is where the clips start.
-    """
-    for module in vae.modules():
-        if not isinstance(module, WanCausalConv3d):
-            continue
-        if module.kernel_size == (3, 3, 3):
-            module.weight[:, :, :-1] = 0
-        elif module.kernel_size == (3, 1, 1):
-            copies = module.out_channels // module.in_channels
-            module.weight.zero_()
-            module.weight[:, :, -1, 0, 0] = torch.eye(module.in_channels).repeat(copies, 1)
-            if module.bias is not None:
-                module.bias.zero_()
-
-
-def teach_vae(run: Run, config: VaeConfig) -> AutoencoderKLWan:
-    """Train the autoencoder in its two phases. Reconstruction plus a very small Kullback-Leibler term."""
-    torch.manual_seed(run.seed)
-    vae = make_vae(config)
-    held_out = dev_clips(run.seed, 8).video_BCTHW
-
-    def loss_on(video_BCTHW: Tensor, generator: torch.Generator) -> tuple[Tensor, dict[str, float]]:
-        posterior = vae.encode(video_BCTHW).latent_dist
-        noise = torch.randn(posterior.mean.shape, generator=generator)
-        decoded = vae.decode(posterior.mean + posterior.std * noise).sample
-        kl = 0.5 * (posterior.mean.square() + posterior.var - 1 - posterior.logvar).mean()
-        with torch.no_grad():
-            psnr = losses.psnr_db(decoded, video_BCTHW).mean().item()
-        return losses.reconstruction(decoded, video_BCTHW) + config.kl_weight * kl, {"psnr_db": psnr}
-
-    def frames(step: int, generator: torch.Generator) -> tuple[Tensor, dict[str, float]]:
-        batch = config.frames.batch
-        # One drawn clip gives several frames: drawing is the cheap part, but variety is what one frame each adds.
-        video_BCTHW = train_clips(run.seed, step * batch, batch).video_BCTHW
-        which_B = torch.randint(shapes.NUM_FRAMES, (batch,), generator=generator)
-        return loss_on(video_BCTHW[torch.arange(batch), :, which_B][:, :, None], generator)
-
-    def clips(step: int, generator: torch.Generator) -> tuple[Tensor, dict[str, float]]:
-        batch = config.clips.batch
-        first = config.frames.steps * config.frames.batch + step * batch
-        return loss_on(train_clips(run.seed, first, batch).video_BCTHW, generator)
-
-    def sample_frames(path: Path) -> dict[str, float]:
-        return sample(path, held_out[:, :, -1:])
-
-    def sample_clips(path: Path) -> dict[str, float]:
-        return sample(path, held_out)
-
-    def sample(path: Path, video_BCTHW: Tensor) -> dict[str, float]:
-        decoded = vae.decode(vae.encode(video_BCTHW).latent_dist.mean).sample
-        report.contact_sheet(path, [video_BCTHW, decoded])
-        psnr_BT = losses.psnr_db(decoded, video_BCTHW)
-        return {"dev_psnr_db": psnr_BT.mean().item(), "dev_worst_frame_psnr_db": psnr_BT.mean(0).min().item()}
-
-    fit(run, "vae-frames", vae, frames, config.frames, sample_frames)
-    fit(run, "vae-clips", vae, clips, config.clips, sample_clips)
-    return vae.eval().requires_grad_(False)
-
-
-# --- 2. latents -----------------------------------------------------------------------------------------------------
+# --- latents -----------------------------------------------------------------------------------------------------
 
 
 @torch.no_grad()
@@ -193,7 +104,7 @@ def encode_clips(run: Run, vae: AutoencoderKLWan, count: int) -> tuple[Tensor, l
         for first in range(0, count, chunk):
             run.check_stop()
             video_BCTHW = train_clips(run.seed, first, min(chunk, count - first)).video_BCTHW
-            rows.append(vae.encode(video_BCTHW).latent_dist.mean)
+            rows.append(autoencoder.encode(vae, video_BCTHW.to(vae.device))[0].cpu())
             if first // chunk % 25 == 0:
                 rate = (first + chunk) / (time.monotonic() - started)
                 run.say(f"latents {first}/{count}  {rate:.1f} clips/s  {(count - first) / rate / 60:.1f} min left")
@@ -208,7 +119,7 @@ def encode_clips(run: Run, vae: AutoencoderKLWan, count: int) -> tuple[Tensor, l
     return stored["latents"], captions
 
 
-# --- 3. the transformer and its text encoder -------------------------------------------------------------------------
+# --- the transformer and its text encoder ---------------------------------------------------------------------------
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
@@ -265,31 +176,40 @@ def teach_transformer(
 ) -> Networks:
     """Rectified flow on cached latents; the first latent frame is given clean and is not in the loss."""
     torch.manual_seed(run.seed + 1)
-    settings = config.transformer
-    networks = Networks(settings, config.vae.z_dim, len(tokenizer))
+    settings, device = config.transformer, training_device()
+    networks = Networks(settings, config.vae.z_dim, len(tokenizer)).to(device)
     held_out = dev_clips(run.seed, 12)
+    ids_NL, mask_NL = wan.tokenize(tokenizer, [*captions, ""], settings.max_sequence_length)
+
+    def objective(x0_BCTHW: Tensor, noise_BCTHW: Tensor, sigma_B: Tensor, ids_BL: Tensor, mask_BL: Tensor) -> Tensor:
+        x_BCTHW = torch.lerp(x0_BCTHW, noise_BCTHW, sigma_B[:, None, None, None, None])
+        with torch.autocast(device.type, torch.bfloat16):
+            text_BLD = wan.embed_tokens(networks.text_encoder, ids_BL, mask_BL)
+            velocity = wan.predict_velocity(networks.transformer, x_BCTHW, sigma_B, x0_BCTHW[:, :, :1], text_BLD)
+        return losses.flow_matching(velocity, x0_BCTHW, noise_BCTHW)
+
+    run_objective = compiled(run, objective) if settings.compile else objective
 
     def loss(step: int, generator: torch.Generator) -> tuple[Tensor, dict[str, float]]:
         batch = settings.fit.batch
         order = torch.randperm(len(latents), generator=run.generator("epoch", step * batch // len(latents)))
-        position = step * batch % len(latents)
-        rows = order.roll(-position)[:batch]
-        x0_BCTHW = latents[rows].float()
-        dropped_B = (torch.rand(batch, generator=generator) < settings.text_drop).tolist()
-        prompts = ["" if dropped else captions[row] for row, dropped in zip(rows.tolist(), dropped_B, strict=True)]
+        rows_B = order.roll(-(step * batch % len(latents)))[:batch]
+        x0_BCTHW = latents[rows_B].float()
+        dropped_B = torch.rand(batch, generator=generator) < settings.text_drop
+        text_B = torch.where(dropped_B, len(captions), rows_B)
         sigma_B = schedule.sample_sigmas(batch, settings.shift, generator)
         noise_BCTHW = torch.randn(x0_BCTHW.shape, generator=generator)
-        x_BCTHW = torch.lerp(x0_BCTHW, noise_BCTHW, sigma_B[:, None, None, None, None])
-        with torch.autocast("cpu", torch.bfloat16):
-            text_BLD = wan.encode_text(tokenizer, networks.text_encoder, prompts, settings.max_sequence_length)
-            velocity = wan.predict_velocity(networks.transformer, x_BCTHW, sigma_B, x0_BCTHW[:, :, :1], text_BLD)
-        return losses.flow_matching(velocity, x0_BCTHW, noise_BCTHW), {}
+        batch_on_device = (x.to(device) for x in (x0_BCTHW, noise_BCTHW, sigma_B, ids_NL[text_B], mask_NL[text_B]))
+        return run_objective(*batch_on_device), {}
 
     def sample(path: Path) -> dict[str, float]:
         pipeline = make_pipeline(vae, tokenizer, networks, config)
         prompts = [str(caption) for caption in held_out.captions]
         networks.eval()
-        made = sampler.sample(pipeline, held_out.video_BCTHW[:, :, 0], prompts, make_call(config), seed=run.seed)
+        first_BCHW = held_out.video_BCTHW[:, :, 0].to(device)
+        call = make_call(config)
+        noise_BCTHW = sampler.draw_noise(pipeline, range(len(prompts)), call)
+        made = sampler.sample(pipeline, first_BCHW, prompts, call, noise_BCTHW).cpu()
         networks.train()
         report.contact_sheet(path, [held_out.video_BCTHW, made])
         closed = torch.tensor([c.closed for c in held_out.captions])
@@ -299,7 +219,7 @@ def teach_transformer(
     return networks.eval().requires_grad_(False)
 
 
-# --- 4. the folder --------------------------------------------------------------------------------------------------
+# --- the folder -----------------------------------------------------------------------------------------------------
 
 
 def make_pipeline(
@@ -337,7 +257,7 @@ def save(
     scheduler = pipeline.scheduler
     parts = {"transformer": networks.transformer, "text_encoder": networks.text_encoder, "vae": vae}
     counts = {name: sum(p.numel() for p in part.parameters()) for name, part in parts.items()}
-    pipeline.to(torch.float16)
+    pipeline.to("cpu", torch.float16)
     pipeline.save_pretrained(aside)
     scheduler.set_timesteps(config.call.num_inference_steps)
     card = student.Card(

@@ -34,13 +34,24 @@ def _statistics(vae: Any, like: Tensor) -> tuple[Tensor, Tensor]:
     return mean.view(1, -1, 1, 1, 1), std.view(1, -1, 1, 1, 1)
 
 
-def encode_text(tokenizer: Any, text_encoder: Any, prompts: list[str], max_sequence_length: int) -> Tensor:
-    """``text_BLD``: embeddings, zero after each prompt's end, as the stock pipeline makes them."""
+def tokenize(tokenizer: Any, prompts: list[str], max_sequence_length: int) -> tuple[Tensor, Tensor]:
+    """Token ids and attention mask, ``[B, L]`` each."""
     tokens = tokenizer(
         prompts, padding="max_length", max_length=max_sequence_length, truncation=True, return_tensors="pt"
-    ).to(text_encoder.device)
-    text_BLD = text_encoder(tokens.input_ids, tokens.attention_mask).last_hidden_state
-    return text_BLD * tokens.attention_mask[..., None].to(text_BLD.dtype)
+    )
+    return tokens.input_ids, tokens.attention_mask
+
+
+def embed_tokens(text_encoder: Any, ids_BL: Tensor, mask_BL: Tensor) -> Tensor:
+    """``text_BLD``: embeddings, zero after each prompt's end, as the stock pipeline makes them."""
+    text_BLD = text_encoder(ids_BL, mask_BL).last_hidden_state
+    return text_BLD * mask_BL[..., None].to(text_BLD.dtype)
+
+
+def encode_text(tokenizer: Any, text_encoder: Any, prompts: list[str], max_sequence_length: int) -> Tensor:
+    """``text_BLD`` of sentences."""
+    ids_BL, mask_BL = tokenize(tokenizer, prompts, max_sequence_length)
+    return embed_tokens(text_encoder, ids_BL.to(text_encoder.device), mask_BL.to(text_encoder.device))
 
 
 def predict_velocity(

@@ -41,6 +41,7 @@ SPINS = {"spins clockwise": 1.0, "spins counterclockwise": -1.0}
 CLOSED_MOTIONS = (*MOVES, *SPINS, "grows", "shrinks", "bounces")
 OPEN_MOTIONS = ("drifts", "spins", "wanders")
 SPINNING = (*SPINS, "spins")
+TEXTURE_DEPTH = 0.45
 PACES = {"quickly": 1.0, "slowly": 0.45}
 CAMERAS = ("static camera", "camera pans left", "camera pans right", "camera zooms in", "camera zooms out")
 
@@ -124,6 +125,8 @@ class Scene:
     """1 + 2 k: half-waves of the bounce over the clip."""
     path_B32: Tensor
     """Offsets from the start at t = 1/3, 2/3, 1 of a wandering shape; zero for every other motion."""
+    onset_B: Tensor
+    """When the motion starts, in [0, .4] of the clip; it still ends with the clip. 0 for every closed motion."""
     pan_B: Tensor
     """Camera offset at t = 1: -.5 pans left, .5 pans right."""
     zoom_B: Tensor
@@ -132,6 +135,8 @@ class Scene:
     """The two colours of the background, sRGB in [0, 1]."""
     wave_B4: Tensor
     """f, a, b, c of the background's wave."""
+    texture_B4: Tensor
+    """Frequency, direction and two phases of the background's fine texture."""
     second_shape_B: Tensor
     """Index into ``SHAPES``, or -1 for none."""
     second_colour_B3: Tensor
@@ -159,12 +164,14 @@ class Clips:
     video_BCTHW: Tensor
     captions: list[Caption]
     scene: Scene
+    source: tuple[int, tuple[int, ...]] | None = None
+    """World seed and indices, where the clips are draws of the world."""
 
 
 def clips(seed: int, indices: Sequence[int]) -> Clips:
     """Draw the clips ``indices`` of the world ``seed``. The same pair always gives the same clip."""
     captions, scene = sample(seed, indices)
-    return Clips(render(scene), captions, scene)
+    return Clips(render(scene), captions, scene, (seed, tuple(indices)))
 
 
 # --- sampling -------------------------------------------------------------------------------------------------------
@@ -173,9 +180,11 @@ def clips(seed: int, indices: Sequence[int]) -> Clips:
 class _Draws:
     """Uniform numbers named by (seed, index, name): counter-based, so each stands alone whatever else is drawn."""
 
-    def __init__(self, seed: int, indices: Sequence[int]) -> None:
+    def __init__(self, seed: int, indices: Sequence[int], future: int = 0) -> None:
         index_B = torch.tensor(list(indices), dtype=torch.int64)
         self._base_B = _mix(index_B + _mix(torch.tensor(seed, dtype=torch.int64)))
+        if future:
+            self._base_B = _mix(self._base_B + future)
 
     def uniform(self, name: str, low: float = 0.0, high: float = 1.0, count: int | None = None) -> Tensor:
         """[B], or [B, count], float32 in [low, high)."""
@@ -196,14 +205,17 @@ def _mix(x: Tensor) -> Tensor:
     return x ^ ((x >> 31) & ((1 << 33) - 1))
 
 
-def sample(seed: int, indices: Sequence[int], caption: Caption | None = None) -> tuple[list[Caption], Scene]:
+def sample(
+    seed: int, indices: Sequence[int], caption: Caption | None = None, future: int = 0
+) -> tuple[list[Caption], Scene]:
     """Draw captions and scenes; with ``caption`` every clip has that one.
 
     Half of the drawn captions are closed (everything said), half leave at least one part open (design.md section 4).
+    Another ``future`` keeps caption and first frame and draws again all that the two leave open.
     """
     draws = _Draws(seed, indices)
     captions = [caption] * len(indices) if caption else _captions(draws, len(indices))
-    return captions, _scene(draws, captions)
+    return captions, _scene(draws, _Draws(seed, indices, future), captions)
 
 
 def _captions(draws: _Draws, count: int) -> list[Caption]:
@@ -240,7 +252,8 @@ def _captions(draws: _Draws, count: int) -> list[Caption]:
     return out
 
 
-def _scene(draws: _Draws, captions: list[Caption]) -> Scene:
+def _scene(draws: _Draws, future: _Draws, captions: list[Caption]) -> Scene:
+    """``draws`` decides what the first frame shows, ``future`` all that comes later and is not said."""
     count = len(captions)
     zero_B = torch.zeros(count)
 
@@ -248,7 +261,7 @@ def _scene(draws: _Draws, captions: list[Caption]) -> Scene:
         return torch.tensor(values, dtype=torch.float32)
 
     motions = [c.motion for c in captions]
-    open_pace_B = draws.uniform("open pace", 0.35, 1.1)
+    open_pace_B = future.uniform("open pace", 0.35, 1.1)
     said_pace_B = per([PACES.get(c.pace or "", 0.0) for c in captions])
     k_B = torch.where(torch.tensor([c.pace is None for c in captions]), open_pace_B, said_pace_B)
 
@@ -258,12 +271,12 @@ def _scene(draws: _Draws, captions: list[Caption]) -> Scene:
     box_B4 = torch.tensor(start, dtype=torch.float32).reshape(count, 4)
     position_B2 = box_B4[:, ::2] + (box_B4[:, 1::2] - box_B4[:, ::2]) * draws.uniform("position", count=2)
 
-    direction_B = draws.uniform("drift direction", 0, 2 * math.pi)
+    direction_B = future.uniform("drift direction", 0, 2 * math.pi)
     drifts_B = per([float(m == "drifts") for m in motions])
     moves_B2 = torch.tensor([MOVES.get(m, (0.0, 0.0)) for m in motions], dtype=torch.float32).reshape(count, 2)
     travel_B2 = k_B[:, None] * (moves_B2 + drifts_B[:, None] * torch.stack([direction_B.cos(), direction_B.sin()], 1))
 
-    either = draws.choice("spin side", 2)
+    either = future.choice("spin side", 2)
     spin_B = (
         2.4
         * k_B
@@ -272,20 +285,20 @@ def _scene(draws: _Draws, captions: list[Caption]) -> Scene:
     growth_B = k_B * per([{"grows": 1.1, "shrinks": -0.65}.get(m, 0.0) for m in motions])
     bounce_B = per([0.6 if m == "bounces" else 0.0 for m in motions])
 
-    points_B32 = draws.uniform("way-points", -0.6, 0.6, count=6).reshape(count, 3, 2)
+    points_B32 = future.uniform("way-points", -0.6, 0.6, count=6).reshape(count, 3, 2)
     wanders_B = per([float(m == "wanders") for m in motions])
     path_B32 = (wanders_B * k_B)[:, None, None] * (points_B32 - position_B2[:, None])
 
-    open_camera = draws.choice("open camera", len(CAMERAS))
+    open_camera = future.choice("open camera", len(CAMERAS))
     cameras = [c.camera or CAMERAS[o] for c, o in zip(captions, open_camera, strict=True)]
     colour_B3 = torch.tensor([COLOURS[c.colour] for c in captions]).reshape(count, 3)
 
     second_B = torch.tensor([SHAPES.index(c.second) if c.second else -1 for c in captions], dtype=torch.int64)
-    second_radius_B = draws.uniform("second radius", 0.22, 0.36)
-    second_position_B2, second_travel_B2 = _crossing(draws, second_radius_B)
+    second_radius_B = future.uniform("second radius", 0.30, 0.46)
+    second_position_B2, second_travel_B2 = _crossing(future, second_radius_B)
     # Any of the other seven colours: two shapes of one colour would melt into each other.
     names = list(COLOURS)
-    other = draws.choice("second colour", len(COLOURS) - 1)
+    other = future.choice("second colour", len(COLOURS) - 1)
     second_colour_B3 = torch.tensor(
         [COLOURS[names[(names.index(c.colour) + 1 + o) % len(names)]] for c, o in zip(captions, other, strict=True)]
     ).reshape(count, 3)
@@ -302,14 +315,18 @@ def _scene(draws: _Draws, captions: list[Caption]) -> Scene:
         bounce_B=bounce_B,
         bounce_rate_B=1 + 2 * k_B,
         path_B32=path_B32,
+        onset_B=per([float(m in OPEN_MOTIONS) for m in motions]) * future.uniform("onset", 0, 0.4),
         pan_B=zero_B + per([{"camera pans left": -0.5, "camera pans right": 0.5}.get(c, 0.0) for c in cameras]),
         zoom_B=zero_B + per([{"camera zooms in": -0.6, "camera zooms out": 0.6}.get(c, 0.0) for c in cameras]),
         background_B23=_background(draws, colour_B3),
         wave_B4=torch.cat([draws.uniform("wave f", 0.5, 2.5)[:, None], draws.uniform("wave abc", 0, 6.28, count=3)], 1),
+        texture_B4=torch.cat(
+            [draws.uniform("texture f", 4.5, 7.5)[:, None], draws.uniform("texture phases", 0, 6.28, count=3)], 1
+        ),
         second_shape_B=second_B,
         second_colour_B3=second_colour_B3,
         second_radius_B=second_radius_B,
-        second_angle_B=draws.uniform("second angle", -0.5, 0.5),
+        second_angle_B=future.uniform("second angle", -0.5, 0.5),
         second_position_B2=second_position_B2,
         second_travel_B2=second_travel_B2,
     )
@@ -342,7 +359,9 @@ def _background(draws: _Draws, colour_B3: Tensor) -> Tensor:
     """Two dim colours, at least .25 apart and each at least .35 from the shape's: the first of 64 drawn pairs."""
     pairs_BN23 = draws.uniform("background", 0.05, 0.75, count=64 * 6).reshape(-1, 64, 2, 3)
     apart_BN = (pairs_BN23[:, :, 0] - pairs_BN23[:, :, 1]).norm(dim=-1) >= 0.25
-    clear_BN = ((pairs_BN23 - colour_B3[:, None, None]).norm(dim=-1) >= 0.35).all(-1)
+    # Clear of the shape's colour in the texture's troughs too.
+    shades_BN43 = torch.cat([pairs_BN23, pairs_BN23 * (1 - TEXTURE_DEPTH)], dim=2)
+    clear_BN = ((shades_BN43 - colour_B3[:, None, None]).norm(dim=-1) >= 0.35).all(-1)
     first_B = (apart_BN & clear_BN).int().argmax(1)
     return pairs_BN23[torch.arange(len(first_B)), first_B]
 
@@ -350,71 +369,115 @@ def _background(draws: _Draws, colour_B3: Tensor) -> Tensor:
 # --- drawing --------------------------------------------------------------------------------------------------------
 
 
-def render(scene: Scene, chunk: int = 8) -> Tensor:
-    """Draw a batch of scenes, ``video_BCTHW`` in [-1, 1]. ``chunk`` clips at a time keeps the work in the cache."""
-    return torch.cat([_render(scene[i : i + chunk]) for i in range(0, len(scene), chunk)])
+@dataclass(frozen=True)
+class Track:
+    """What moves, frame by frame, in world coordinates: the part of a clip that its scene's motion decides."""
+
+    centre_BT2: Tensor
+    radius_BT: Tensor
+    angle_BT: Tensor
+    pan_BT: Tensor
+    """Camera offset o: a world point is X = x z + o, Y = y z."""
+    zoom_BT: Tensor
+    """Camera scale z."""
+    second_centre_BT2: Tensor
+
+    def __getitem__(self, index: slice | Tensor) -> Track:
+        return Track(**{f.name: getattr(self, f.name)[index] for f in fields(self)})
+
+    @property
+    def screen_BT2(self) -> Tensor:
+        """Centre of the (first) shape on the screen, frame units."""
+        x_BT, y_BT = self.centre_BT2.unbind(-1)
+        return torch.stack([x_BT - self.pan_BT, y_BT], -1) / self.zoom_BT[..., None]
+
+
+def render(scene: Scene, frames_BT: Tensor | None = None, size: int = SIZE, chunk: int = 8) -> Tensor:
+    """Draw a batch of scenes, ``video_BCTHW`` in [-1, 1].
+
+    Args:
+        scene: B scenes.
+        frames_BT: which of the ``NUM_FRAMES`` frames to draw of each clip; all of them by default.
+        size: height and width in pixels; the softness of an edge is a pixel of that size.
+        chunk: so many clips at a time keep the work in the processor's cache.
+    """
+    if frames_BT is None:
+        frames_BT = torch.arange(NUM_FRAMES).expand(len(scene), -1)
+    t_BT = frames_BT.to(scene.radius_B) / (NUM_FRAMES - 1)
+    parts = (slice(i, i + chunk) for i in range(0, len(scene), chunk))
+    return torch.cat([draw(scene[part], track(scene[part], t_BT[part]), size) for part in parts])
 
 
 def trajectory(scene: Scene) -> Tensor:
     """Centre of the (first) shape on the *screen* at each frame, ``[B, T, 2]``, frame units."""
-    t_T = torch.linspace(0, 1, NUM_FRAMES, device=scene.radius_B.device)
-    centre_BT2 = _path(scene, t_T)
-    pan_BT, zoom_BT = _camera(scene, t_T)
-    return torch.stack([centre_BT2[..., 0] - pan_BT, centre_BT2[..., 1]], -1) / zoom_BT[..., None]
+    return track(scene).screen_BT2
 
 
-def _path(scene: Scene, t_T: Tensor) -> Tensor:
-    """World position of the shape over time, ``[B, T, 2]``."""
-    t_T1 = t_T[:, None]
-    # Cubic through the start and three way-points at t = 1/3, 2/3, 1 (Lagrange): smooth, and it meets each point.
-    u = 3 * t_T
-    basis_T3 = torch.stack([u * (u - 2) * (u - 3) / 2, u * (u - 1) * (u - 3) / -2, u * (u - 1) * (u - 2) / 6], 1)
-    path_BT2 = torch.einsum("tp,bpd->btd", basis_T3, scene.path_B32)
-    rise_BT = scene.bounce_B[:, None] * torch.sin(math.pi * scene.bounce_rate_B[:, None] * t_T).abs()
-    straight_BT2 = scene.position_B2[:, None] + scene.travel_B2[:, None] * t_T1
-    return straight_BT2 + path_BT2 - torch.stack([torch.zeros_like(rise_BT), rise_BT], -1)
-
-
-def _camera(scene: Scene, t_T: Tensor) -> tuple[Tensor, Tensor]:
-    """Offset o and scale z over time, each ``[B, T]``: a world point is X = x z + o, Y = y z."""
-    pan_BT = scene.pan_B[:, None] * t_T
+def track(scene: Scene, t_BT: Tensor | None = None) -> Track:
+    """The world's laws of motion: where everything is at the times ``t_BT`` in [0, 1] (by default, of all frames)."""
+    if t_BT is None:
+        t_BT = torch.linspace(0, 1, NUM_FRAMES, device=scene.radius_B.device).expand(len(scene), -1)
+    onset_B1 = scene.onset_B[:, None]
+    s_BT = ((t_BT - onset_B1) / (1 - onset_B1)).clamp(min=0)  # how far the motion has come
+    # Cubic through the start and three way-points at s = 1/3, 2/3, 1 (Lagrange): smooth, and it meets each point.
+    u = 3 * s_BT
+    basis_BT3 = torch.stack([u * (u - 2) * (u - 3) / 2, u * (u - 1) * (u - 3) / -2, u * (u - 1) * (u - 2) / 6], -1)
+    wander_BT2 = torch.einsum("btp,bpd->btd", basis_BT3, scene.path_B32)
+    rise_BT = scene.bounce_B[:, None] * torch.sin(math.pi * scene.bounce_rate_B[:, None] * s_BT).abs()
+    straight_BT2 = scene.position_B2[:, None] + scene.travel_B2[:, None] * s_BT[..., None]
     zoom_B1 = scene.zoom_B[:, None]
-    zoom_BT = torch.where(zoom_B1 < 0, 1 / (1 - zoom_B1 * t_T), 1 + zoom_B1 * t_T)
-    return pan_BT, zoom_BT
+    return Track(
+        centre_BT2=straight_BT2 + wander_BT2 - torch.stack([torch.zeros_like(rise_BT), rise_BT], -1),
+        radius_BT=scene.radius_B[:, None] * (1 + scene.growth_B[:, None] * s_BT),
+        angle_BT=scene.angle_B[:, None] + scene.spin_B[:, None] * s_BT,
+        pan_BT=scene.pan_B[:, None] * t_BT,
+        zoom_BT=torch.where(zoom_B1 < 0, 1 / (1 - zoom_B1 * t_BT), 1 + zoom_B1 * t_BT),
+        second_centre_BT2=scene.second_position_B2[:, None] + scene.second_travel_B2[:, None] * t_BT[..., None],
+    )
 
 
-def _render(scene: Scene) -> Tensor:
-    device = scene.radius_B.device
-    t_T = torch.linspace(0, 1, NUM_FRAMES, device=device)
-    pixel_N = (torch.arange(SIZE, device=device) + 0.5) * (2 / SIZE) - 1
-    pan_BT, zoom_BT = _camera(scene, t_T)
-    # World coordinates are separable: X depends on the column, Y on the row.
-    X_BT1W = (zoom_BT[..., None] * pixel_N + pan_BT[..., None])[:, :, None, :]
-    Y_BTH1 = (zoom_BT[..., None] * pixel_N)[:, :, :, None]
-
-    f, a, b, c = (v[:, None, None, None] for v in scene.wave_B4.unbind(1))
-    bend_BTHW = 0.7 * torch.sin(2.3 * (X_BT1W * c.cos() + Y_BTH1 * c.sin()))
-    wave_BTHW = 0.5 + 0.5 * torch.sin(f * (X_BT1W * a.cos() + Y_BTH1 * a.sin()) + b + bend_BTHW)
-    first_B3, second_B3 = scene.background_B23.unbind(1)
-    image_BCTHW = first_B3[:, :, None, None, None] + (second_B3 - first_B3)[:, :, None, None, None] * wave_BTHW[:, None]
-
-    radius_BT = scene.radius_B[:, None] * (1 + scene.growth_B[:, None] * t_T)
-    angle_BT = scene.angle_B[:, None] + scene.spin_B[:, None] * t_T
+def draw(scene: Scene, moved: Track, size: int = SIZE) -> Tensor:
+    """The frames of ``moved``, with everything that keeps (colours, kinds, background) from ``scene``."""
+    X_BT1W, Y_BTH1 = _grid(moved, size)
+    image_BCTHW = _background_of(scene, X_BT1W, Y_BTH1)
     image_BCTHW = _paint(
-        image_BCTHW, scene.shape_B, scene.colour_B3, _path(scene, t_T), radius_BT, angle_BT, X_BT1W, Y_BTH1
+        image_BCTHW, scene.shape_B, scene.colour_B3, moved.centre_BT2, moved.radius_BT, moved.angle_BT, X_BT1W, Y_BTH1
     )
     enters_N = torch.nonzero(scene.second_shape_B >= 0)[:, 0]
     if len(enters_N):
-        with_second = scene[enters_N]
-        centre = with_second.second_position_B2[:, None] + with_second.second_travel_B2[:, None] * t_T[:, None]
-        still_BT = torch.ones_like(t_T)[None]
+        second, still_N1 = scene[enters_N], torch.ones_like(moved.pan_BT[enters_N, :1])
         painted = _paint(
-            image_BCTHW[enters_N], with_second.second_shape_B, with_second.second_colour_B3, centre,
-            with_second.second_radius_B[:, None] * still_BT, with_second.second_angle_B[:, None] * still_BT,
+            image_BCTHW[enters_N], second.second_shape_B, second.second_colour_B3, moved.second_centre_BT2[enters_N],
+            second.second_radius_B[:, None] * still_N1, second.second_angle_B[:, None] * still_N1,
             X_BT1W[enters_N], Y_BTH1[enters_N],
         )  # fmt: skip
         image_BCTHW = image_BCTHW.index_copy(0, enters_N, painted)
     return image_BCTHW * 2 - 1
+
+
+def draw_background(scene: Scene, moved: Track, size: int = SIZE) -> Tensor:
+    """What ``draw`` shows behind the shapes."""
+    return _background_of(scene, *_grid(moved, size)) * 2 - 1
+
+
+def _grid(moved: Track, size: int) -> tuple[Tensor, Tensor]:
+    """World coordinates of the pixels. They are separable: X depends on the column, Y on the row."""
+    pixel_N = (torch.arange(size, device=moved.pan_BT.device) + 0.5) * (2 / size) - 1
+    X_BT1W = (moved.zoom_BT[..., None] * pixel_N + moved.pan_BT[..., None])[:, :, None, :]
+    return X_BT1W, (moved.zoom_BT[..., None] * pixel_N)[:, :, :, None]
+
+
+def _background_of(scene: Scene, X_BT1W: Tensor, Y_BTH1: Tensor) -> Tensor:
+    f, a, b, c = (v[:, None, None, None] for v in scene.wave_B4.unbind(1))
+    bend_BTHW = 0.7 * torch.sin(2.3 * (X_BT1W * c.cos() + Y_BTH1 * c.sin()))
+    wave_BTHW = 0.5 + 0.5 * torch.sin(f * (X_BT1W * a.cos() + Y_BTH1 * a.sin()) + b + bend_BTHW)
+    f, a, b, c = (v[:, None, None, None] for v in scene.texture_B4.unbind(1))
+    ripple_BTHW = torch.sin(f * (X_BT1W * a.cos() + Y_BTH1 * a.sin()) + b)
+    across_BTHW = torch.sin(f * (Y_BTH1 * a.cos() - X_BT1W * a.sin()) + c)
+    shade_B1THW = (1 - TEXTURE_DEPTH * (0.5 + 0.25 * (ripple_BTHW + across_BTHW)))[:, None]
+    first_B3, second_B3 = scene.background_B23.unbind(1)
+    image_BCTHW = first_B3[:, :, None, None, None] + (second_B3 - first_B3)[:, :, None, None, None] * wave_BTHW[:, None]
+    return image_BCTHW * shade_B1THW
 
 
 def _paint(
@@ -434,7 +497,7 @@ def _paint(
         rows = torch.nonzero(shape_B == kind)[:, 0]
         drawn = _SDF[SHAPES[kind]](u_BTHW[rows], v_BTHW[rows], r_BT11[rows])
         sdf_BTHW = sdf_BTHW.index_copy(0, rows, drawn)
-    coverage_B1THW = torch.sigmoid(-57.6 * sdf_BTHW)[:, None]
+    coverage_B1THW = torch.sigmoid(-0.9 * X_BT1W.shape[-1] * sdf_BTHW)[:, None]  # -57.6 at 64 pixels
     light_BTH1 = 1 - 0.25 * dy_BTH1.clamp(-1, 1)
     lit_BCTH1 = (colour_B3[:, :, None, None, None] * light_BTH1[:, None]).clamp(max=1)
     return image_BCTHW + (lit_BCTH1 - image_BCTHW) * coverage_B1THW

@@ -13,7 +13,7 @@ import torch
 from diffusers import DiffusionPipeline
 from safetensors.torch import load_file, save_file
 
-from distill import losses, sampler, student
+from distill import evaluate, losses, sampler, student
 from distill.backbones import wan
 from distill.config import TeachConfig
 from distill.data import shapes
@@ -21,6 +21,10 @@ from tests.stack import ROOT, wait_for
 
 TINY = {
     "vae.base_dim": 8,
+    "vae.dim_mult": [1, 2, 2],
+    "vae.z_dim": 16,
+    "vae.compile": False,
+    "transformer.compile": False,
     "vae.frames.steps": 3,
     "vae.frames.batch": 2,
     "vae.clips.steps": 2,
@@ -83,16 +87,19 @@ def test_latents_are_normalised_from_data(run_folder, pipeline):
 
 @pytest.mark.parametrize("guidance_scale", [1.0, 3.0])
 def test_our_sampler_equals_the_stock_pipeline(run_folder, pipeline, guidance_scale):
-    """Two clips at once by our sampler, one after another by diffusers' loop: the same noise gives the same video."""
-    clips = shapes.clips(0, shapes.SPLITS["dev"][3:5])
+    """Eight clips at once by our sampler, one after another by diffusers' loop: the same seeds give the same videos."""
+    clips = shapes.clips(0, shapes.SPLITS["dev"][3:11])
     prompts = [str(caption) for caption in clips.captions]
     call = {**student.read_card(run_folder / "teacher").call, "guidance_scale": guidance_scale}
-    ours = sampler.sample(pipeline, clips.video_BCTHW[:, :, 0], prompts, call, seed=5)
-    noise = torch.randn(2, 16, 5, 8, 8, generator=torch.Generator().manual_seed(5))
+    noise = sampler.draw_noise(pipeline, range(8), call)
+    ours = sampler.sample(evaluate.load(run_folder / "teacher"), clips.video_BCTHW[:, :, 0], prompts, call, noise)
     for i, prompt in enumerate(prompts):
         image = clips.video_BCTHW[i : i + 1, :, 0] / 2 + 0.5
-        stock = pipeline(image=image, prompt=prompt, latents=noise[i : i + 1], output_type="pt", **call).frames
+        generator = torch.Generator().manual_seed(i)
+        stock = pipeline(image=image, prompt=prompt, generator=generator, output_type="pt", **call).frames
         assert torch.allclose(ours[i].transpose(0, 1), stock[0] * 2 - 1, atol=2e-3)
+    roughly = sampler.sample(pipeline, clips.video_BCTHW[:, :, 0], prompts, call, noise, torch.bfloat16)
+    assert 0 < (roughly - ours).square().mean().sqrt() < 0.02
 
 
 def test_the_first_frame_is_given_and_its_loss_left_out(pipeline):
@@ -189,3 +196,46 @@ def test_missing_weights_of_a_block_are_refused(copy):
     student.write_card(copy, card)
     with pytest.raises(student.FolderError, match=r"holds blocks \[0\]"):
         student.read_card(copy)
+
+
+# --- distill evaluate -----------------------------------------------------------------------------------------------
+
+
+def run_evaluate(folder: Path, *arguments: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "distill", "evaluate", str(folder), *arguments]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240)
+
+
+def test_evaluate_writes_a_report_and_stores_the_better_setting(copy, tmp_path):
+    out = tmp_path / "report"
+    few = ("--clips=6", "--seeds=2", "--pairs=0", "--steps", "1", "2", "--split=dev", f"--out={out}", "--store-best")
+    done = run_evaluate(copy, *few)
+    assert done.returncode == 0, done.stderr
+    found = json.loads((out / "report.json").read_text())
+    assert [s["num_inference_steps"] for s in found["settings"]] == [1, 2]
+    assert found["closed"] == [True] * 3 + [False] * 3
+    for setting in found["settings"]:
+        values = setting["values"]["score"]
+        assert len(values) == 2  # seeds
+        assert len(values[0]) == 6
+        mean, low, high = setting["summary"]["all"]["score"]
+        assert mean == pytest.approx(sum(sum(row) for row in values) / 12, abs=1e-4)
+        assert low <= mean <= high
+        # Only closed captions have one true clip.
+        assert [value is None for value in setting["values"]["psnr_db"][0]] == [False] * 3 + [True] * 3
+    assert "| metric | all | closed | open |" in done.stdout
+    assert "## Against 1 steps, guidance 2" in done.stdout
+    assert {"metrics.png", "sheet.png", "sheet-2-2.png", "report.md"} <= {p.name for p in out.iterdir()}
+    best = max(found["settings"], key=lambda s: s["summary"]["all"]["score"][0])["num_inference_steps"]
+    card = student.read_card(copy)  # its hashes are right
+    assert card.call["num_inference_steps"] == best
+    assert len(card.sigmas) == best
+
+
+def test_evaluate_refuses_what_it_cannot_do(copy, tmp_path):
+    chosen_on_test = run_evaluate(copy, "--store-best")
+    assert chosen_on_test.returncode == 2
+    assert "choices are made on the dev split: add --split dev" in chosen_on_test.stderr
+    no_model = run_evaluate(tmp_path)
+    assert no_model.returncode == 2
+    assert "is no model folder" in no_model.stderr
