@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from distill import losses, report
-from distill.config import VaeConfig
+from distill.config import VaeConfig, VaePhase
 from distill.data import shapes
 from distill.loop import Run, compiled, fit, training_device
 
@@ -120,7 +120,7 @@ def _resample(self: WanResample, x: Tensor, feat_cache: list[Any] | None = None,
 
 
 def teach(run: Run, config: VaeConfig) -> AutoencoderKLWan:
-    """Train the autoencoder in its two phases. Reconstruction plus a small Kullback-Leibler term.
+    """Train the autoencoder in its three phases. Reconstruction plus a small Kullback-Leibler term.
 
     The latents are drawn from the posterior, so the decoder learns to forgive small errors of a denoiser; the weight
     of the Kullback-Leibler term says how large they may be.
@@ -130,26 +130,26 @@ def teach(run: Run, config: VaeConfig) -> AutoencoderKLWan:
     vae = in_one_pass(make(config)).to(device)
     held_out = shapes.clips(run.seed, shapes.SPLITS["dev"][:32]).video_BCTHW.to(device)
 
-    def objective(video_BCTHW: Tensor, noise_BCTHW: Tensor) -> tuple[Tensor, Tensor]:
+    def objective(video_BCTHW: Tensor, noise_BCTHW: Tensor, l1_weight: float, mse_weight: float) -> list[Tensor]:
         with torch.autocast(device.type, torch.bfloat16):
             mean_BCTHW, log_variance_BCTHW = (moment.float() for moment in encode(vae, video_BCTHW))
             drawn = mean_BCTHW + (0.5 * log_variance_BCTHW).exp() * noise_BCTHW
             decoded_BCTHW = decode(vae, drawn).float()
         kl = 0.5 * (mean_BCTHW.square() + log_variance_BCTHW.exp() - 1 - log_variance_BCTHW).mean()
-        loss = losses.reconstruction(decoded_BCTHW, video_BCTHW) + config.kl_weight * kl
+        loss = losses.reconstruction(decoded_BCTHW, video_BCTHW, l1_weight, mse_weight) + config.kl_weight * kl
         with torch.no_grad():
             psnr = losses.psnr_db(decoded_BCTHW, video_BCTHW).mean()
-        return loss, psnr
+        return [loss, psnr]
 
     run_objective = compiled(run, objective) if config.compile else objective
 
-    def loss_on(video_BCTHW: Tensor, generator: torch.Generator) -> tuple[Tensor, dict[str, float]]:
+    def loss_on(video_BCTHW: Tensor, generator: torch.Generator, phase: VaePhase) -> tuple[Tensor, dict[str, float]]:
         batch, _, num_frames, height, width = video_BCTHW.shape
         shape = (batch, config.z_dim, 1 + (num_frames - 1) // 4, height // 8, width // 8)
         noise_BCTHW = torch.randn(shape, generator=generator).to(device)
         # Channels last: what the convolutions of this size are fastest in.
         video_BCTHW = video_BCTHW.to(device).contiguous(memory_format=torch.channels_last_3d)
-        loss, psnr = run_objective(video_BCTHW, noise_BCTHW)
+        loss, psnr = run_objective(video_BCTHW, noise_BCTHW, phase.l1_weight, phase.mse_weight)
         return loss, {"psnr_db": psnr.item()}
 
     def frames(step: int, generator: torch.Generator) -> tuple[Tensor, dict[str, float]]:
@@ -159,16 +159,23 @@ def teach(run: Run, config: VaeConfig) -> AutoencoderKLWan:
         start = shapes.SPLITS["train"].start + step * batch
         _, scene = shapes.sample(run.seed, range(start, start + batch))
         which_B1 = torch.randint(shapes.NUM_FRAMES, (batch, 1), generator=generator)
-        return loss_on(shapes.render(scene, which_B1, chunk=batch), generator)
+        return loss_on(shapes.render(scene, which_B1, chunk=batch), generator, config.frames)
 
     def clips(step: int, generator: torch.Generator) -> tuple[Tensor, dict[str, float]]:
-        batch = config.clips.batch
-        first = config.frames.steps * config.frames.batch + step * batch
-        start = shapes.SPLITS["train"].start + first
-        return loss_on(shapes.clips(run.seed, range(start, start + batch)).video_BCTHW, generator)
+        return whole(config.clips, config.frames.steps * config.frames.batch, step, generator)
+
+    def polish(step: int, generator: torch.Generator) -> tuple[Tensor, dict[str, float]]:
+        seen = config.frames.steps * config.frames.batch + config.clips.steps * config.clips.batch
+        return whole(config.polish, seen, step, generator)
+
+    def whole(phase: VaePhase, seen: int, step: int, generator: torch.Generator) -> tuple[Tensor, dict[str, float]]:
+        start = shapes.SPLITS["train"].start + seen + step * phase.batch
+        drawn = shapes.clips(run.seed, range(start, start + phase.batch))
+        return loss_on(drawn.video_BCTHW, generator, phase)
 
     fit(run, "vae-frames", vae, frames, config.frames, _sampler(vae, held_out[:, :, -1:]))
     fit(run, "vae-clips", vae, clips, config.clips, _sampler(vae, held_out))
+    fit(run, "vae-polish", vae, polish, config.polish, _sampler(vae, held_out))
     return vae.eval().requires_grad_(False)
 
 

@@ -44,6 +44,13 @@ class FitConfig(Config):
     sample_every: int = Field(gt=0)
 
 
+class VaePhase(FitConfig):
+    """One phase of the autoencoder's training, with its loss."""
+
+    l1_weight: float = Field(ge=0, description="of the absolute error: counts small errors, which are the background's")
+    mse_weight: float = Field(ge=0, description="of the squared error: counts large errors, which are the shapes'")
+
+
 class VaeConfig(Config):
     """The video autoencoder, `AutoencoderKLWan` in the style of Wan2.2: 8x in space, 4x in time."""
 
@@ -53,10 +60,12 @@ class VaeConfig(Config):
     z_dim: int
     kl_weight: float = Field(ge=0, description="weight of the mean divergence per latent number")
     compile: bool = Field(description="train through torch.compile")
-    frames: FitConfig
+    frames: VaePhase
     """First on single frames: spatial detail costs a twentieth there."""
-    clips: FitConfig
+    clips: VaePhase
     """Then on whole clips: what was never trained at a frame's position drifts there."""
+    polish: VaePhase
+    """Whole clips again, with the large errors weighing more: those of what moves."""
 
 
 class TransformerConfig(Config):

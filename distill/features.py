@@ -38,7 +38,7 @@ class ClipClassifier(nn.Module):
         before = 3
         for width, stride in zip(widths, strides, strict=True):
             kernel = (3, 5, 5) if stride[1] == 4 else (3, 3, 3)
-            padding = tuple(k // 2 for k in kernel)
+            padding = (kernel[0] // 2, kernel[1] // 2, kernel[2] // 2)
             layers += [nn.Conv3d(before, width, kernel, stride, padding), nn.GroupNorm(8, width), nn.SiLU()]
             before = width
         self.body = nn.Sequential(*layers)
@@ -81,21 +81,23 @@ def teach(folder: Path, config: FeaturesConfig) -> Path:
         wanted = labels(drawn.captions, drawn.scene)
         with torch.autocast(device.type, torch.bfloat16):
             said = model.logits(model(drawn.video_BCTHW.to(device)))
-        return sum(F.cross_entropy(said[name].float(), wanted[name].to(device)) for name in said), {}
+        wrong = [F.cross_entropy(said[name].float(), wanted[name].to(device)) for name in said]
+        return torch.stack(wrong).sum(), {}
 
-    def accuracies(_path: Path | None = None, model: ClipClassifier = model) -> dict[str, float]:
+    @torch.no_grad()
+    def accuracies() -> dict[str, float]:
         said = model.logits(model(held_out.video_BCTHW.to(device)))
         wanted = labels(held_out.captions, held_out.scene)
         return {name: (said[name].argmax(1).cpu() == wanted[name]).float().mean().item() for name in said}
 
     with run.handling_signals():
-        fit(run, "features", model, loss, config.fit, accuracies)
+        fit(run, "features", model, loss, config.fit, lambda _sheet: accuracies())
         out = folder / "model.safetensors"
         aside = out.with_suffix(".tmp")
         save_model(model.half(), str(aside))
         os.replace(aside, out)
-        with torch.no_grad():
-            found = {name: round(value, 3) for name, value in accuracies(model=model.float()).items()}
+        model.float()  # in the rounding of what is stored
+        found = {name: round(value, 3) for name, value in accuracies().items()}
         (folder / "accuracy.json").write_text(json.dumps(found) + "\n")
     return out
 

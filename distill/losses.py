@@ -11,10 +11,10 @@ def flow_matching(velocity_BCTHW: Tensor, x0_BCTHW: Tensor, noise_BCTHW: Tensor)
     return error[:, :, 1:].float().square().mean()
 
 
-def reconstruction(video_BCTHW: Tensor, target_BCTHW: Tensor) -> Tensor:
-    """L1 + MSE: the first keeps edges, the second colours. Videos in [-1, 1]."""
+def reconstruction(video_BCTHW: Tensor, target_BCTHW: Tensor, l1_weight: float, mse_weight: float) -> Tensor:
+    """Weighted mean absolute and mean squared error of videos in [-1, 1]."""
     error = video_BCTHW - target_BCTHW
-    return error.abs().mean() + error.square().mean()
+    return l1_weight * error.abs().mean() + mse_weight * error.square().mean()
 
 
 def psnr_db(video_BCTHW: Tensor, target_BCTHW: Tensor) -> Tensor:

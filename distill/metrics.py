@@ -83,9 +83,7 @@ def measure(video_BCTHW: Tensor, truth: Clips, reconstruct: Callable[[Tensor], T
         "motion_smoothness": _motion_smoothness(fit),
         "imaging_quality": _imaging_quality(video_BCTHW, fitted_BCTHW),
         "validity": (fit.explained_psnr_db_B >= bound_B - VALID_WITHIN_DB).float(),
-        "i2v_fidelity": structural_similarity_index_measure(
-            video_BCTHW[:, :, 0], truth.video_BCTHW[:, :, 0], data_range=(-1.0, 1.0), reduction="none"
-        ),
+        "i2v_fidelity": _ssim(video_BCTHW[:, :, 0], truth.video_BCTHW[:, :, 0]),
         "flicker": (video_BCTHW - fitted_BCTHW).diff(dim=2).abs().mean(dim=(1, 2, 3, 4)) * 127.5,
         "trajectory_error_px": _trajectory_error_px(fit, truth.scene) * only_closed_B,
         "psnr_db": losses.psnr_db(video_BCTHW, truth.video_BCTHW).mean(1) * only_closed_B,
@@ -272,6 +270,13 @@ def _subject_consistency(video_BCTHW: Tensor, lab_BCTHW: Tensor, fitted_lab_BCTH
     return torch.where(judged_BT.sum(1) > 0, mean_B, 1.0)
 
 
+def _ssim(image_BCHW: Tensor, other_BCHW: Tensor) -> Tensor:
+    """Structural similarity (Wang et al. 2004) of pictures in [-1, 1], ``[B]``."""
+    return torch.as_tensor(
+        structural_similarity_index_measure(image_BCHW, other_BCHW, data_range=(-1.0, 1.0), reduction="none")
+    )
+
+
 def _mean_lab(lab_BCTHW: Tensor, weight_BTHW: Tensor) -> Tensor:
     total_BT = weight_BTHW.sum(dim=(2, 3)).clamp(min=1)
     return (lab_BCTHW * weight_BTHW[:, None]).sum(dim=(3, 4)) / total_BT[:, None]
@@ -326,7 +331,7 @@ def _choices(law: Sequence[str], camera: Sequence[str], scene: Scene, pace_B: Te
         return torch.remainder((angle_B * parts / (2 * math.pi)).round(), parts).long().tolist()
 
     travel, path, entry = octants(scene.travel_B2), octants(scene.path_B32[:, 2]), octants(scene.second_travel_B2, 4)
-    out = []
+    out: list[tuple[str, ...]] = []
     for i, name in enumerate(law):
         way = {
             "travels": str(travel[i]),

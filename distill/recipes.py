@@ -11,12 +11,13 @@ from distill.config import (
     TeachConfig,
     TransformerConfig,
     VaeConfig,
+    VaePhase,
 )
 
 
 def teach_shapes() -> TeachConfig:
     """A teacher of the procedural world `shapes`: about an hour and a half on two cores."""
-    frames = FitConfig(
+    frames = VaePhase(
         steps=6000,
         batch=16,
         learning_rate=5e-4,
@@ -28,7 +29,15 @@ def teach_shapes() -> TeachConfig:
         log_every=50,
         checkpoint_every=500,
         sample_every=1000,
+        l1_weight=1.0,
+        mse_weight=1.0,
     )
+    clips = frames.model_copy(
+        update=dict(
+            steps=2600, batch=4, learning_rate=2e-4, ema_decay=0.995, log_every=20, checkpoint_every=100,
+            sample_every=400,
+        )
+    )  # fmt: skip
     return TeachConfig(
         name="shapes-teacher",
         seed=0,
@@ -39,12 +48,8 @@ def teach_shapes() -> TeachConfig:
             kl_weight=3e-5,
             compile=True,
             frames=frames,
-            clips=frames.model_copy(
-                update=dict(
-                    steps=2600, batch=4, learning_rate=2e-4, ema_decay=0.995, log_every=20, checkpoint_every=100,
-                    sample_every=400,
-                )
-            ),
+            clips=clips,
+            polish=clips.model_copy(update=dict(steps=3600, l1_weight=0.1, mse_weight=2.0)),
         ),
         transformer=TransformerConfig(
             num_layers=10,
@@ -58,11 +63,9 @@ def teach_shapes() -> TeachConfig:
             shift=5.0,
             num_clips=12000,
             compile=True,
-            fit=frames.model_copy(
-                update=dict(
-                    steps=5000, batch=32, learning_rate=6e-4, warmup_steps=100, weight_decay=0.01, ema_decay=0.998,
-                    log_every=25, checkpoint_every=200, sample_every=1000,
-                )
+            fit=FitConfig(
+                steps=10000, batch=32, learning_rate=6e-4, warmup_steps=100, betas=(0.9, 0.95), weight_decay=0.01,
+                clip_norm=1.0, ema_decay=0.998, log_every=25, checkpoint_every=200, sample_every=1000,
             ),
         ),
         call=CallConfig(num_inference_steps=10, guidance_scale=2.0),

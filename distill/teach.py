@@ -296,6 +296,7 @@ def _stages(config: TeachConfig) -> list[dict[str, Any]]:
     fits = {
         "vae-frames": config.vae.frames,
         "vae-clips": config.vae.clips,
+        "vae-polish": config.vae.polish,
         "transformer": config.transformer.fit,
     }
     return [

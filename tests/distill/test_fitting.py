@@ -12,7 +12,7 @@ from distill.data import shapes
 
 @pytest.fixture(scope="module")
 def drawn() -> shapes.Clips:
-    return shapes.clips(0, shapes.SPLITS["dev"][:80])
+    return shapes.clips(0, shapes.SPLITS["dev"][:48])
 
 
 @pytest.fixture(scope="module")
@@ -22,7 +22,7 @@ def fitted(drawn) -> fitting.Fit:
 
 def test_law_and_camera_are_found(drawn, fitted):
     law = [metrics.LAW_OF[caption.motion] for caption in drawn.captions]
-    assert sum(a == b for a, b in zip(law, fitted.law, strict=True)) >= 79
+    assert sum(a == b for a, b in zip(law, fitted.law, strict=True)) >= 47
     assert fitted.camera == fitting.cameras(drawn.scene)
 
 
@@ -35,8 +35,8 @@ def test_direction_within_5_degrees_and_pace_within_5_percent(drawn, fitted):
     judged = [i for i, name in enumerate(law) if seen_B[i] and fitted.law[i] == name]
     directions = torch.tensor([apart[i].abs().item() for i in judged if law[i] == "travels"]).rad2deg()
     paces = torch.tensor([(fitted.pace_B[i] / true_pace_B[i] - 1).abs().item() for i in judged if true_pace_B[i] > 0])
-    assert len(directions) >= 15
-    assert len(paces) >= 50
+    assert len(directions) >= 10
+    assert len(paces) >= 30
     assert directions.quantile(0.97) <= 5
     assert paces.quantile(0.97) <= 0.05
 

@@ -18,7 +18,13 @@ def reference_pixel(scene: shapes.Scene, i: int, t: float, x: float, y: float) -
     bend = 0.7 * math.sin(2.3 * (world_x * math.cos(c) + world_y * math.sin(c)))
     w = 0.5 + 0.5 * math.sin(f * (world_x * math.cos(a) + world_y * math.sin(a)) + b + bend)
     c0, c1 = scene.background_B23[i].tolist()
-    rgb = [p * (1 - w) + q * w for p, q in zip(c0, c1, strict=True)]
+    f, d, e, g = scene.texture_B4[i].tolist()
+    ripple = math.sin(f * (world_x * math.cos(d) + world_y * math.sin(d)) + e)
+    across = math.sin(f * (world_y * math.cos(d) - world_x * math.sin(d)) + g)
+    shade = 1 - 0.45 * (0.5 + 0.25 * ripple + 0.25 * across)
+    rgb = [(p * (1 - w) + q * w) * shade for p, q in zip(c0, c1, strict=True)]
+    onset = scene.onset_B[i].item()
+    t = max(0, (t - onset) / (1 - onset))
 
     rise = scene.bounce_B[i].item() * abs(math.sin(math.pi * scene.bounce_rate_B[i].item() * t))
     px = scene.position_B2[i, 0].item() + scene.travel_B2[i, 0].item() * t
@@ -102,15 +108,54 @@ def test_a_second_shape_is_outside_at_first_and_seen_later():
 
 def test_a_wandering_shape_meets_its_way_points():
     _, scene = shapes.sample(4, range(8), Caption("red", "circle", "wanders", "quickly", "static camera"))
-    t = torch.tensor([0, 1 / 3, 2 / 3, 1])
-    path = shapes._path(scene, t)
+    at = torch.tensor([0, 1 / 3, 2 / 3, 1])
+    t = scene.onset_B[:, None] + at * (1 - scene.onset_B[:, None])
+    path = shapes.track(scene, t).centre_BT2
     wanted = scene.position_B2[:, None] + torch.cat([torch.zeros(8, 1, 2), scene.path_B32], 1)
     assert torch.allclose(path, wanted, atol=1e-5)
+
+
+def test_an_open_motion_starts_late_and_a_closed_one_at_once():
+    _, closed = shapes.sample(0, range(50), Caption("red", "square", "moves left", "slowly"))
+    assert (closed.onset_B == 0).all()
+    _, drifting = shapes.sample(0, range(50), Caption("red", "square", "drifts"))
+    assert drifting.onset_B.max() > 0.35
+    centre = shapes.track(drifting).centre_BT2
+    for i, onset in enumerate(drifting.onset_B.tolist()):
+        standing = int(onset * 16)
+        assert torch.allclose(centre[i, : standing + 1], drifting.position_B2[i].expand(standing + 1, 2), atol=1e-6)
+        assert torch.allclose(centre[i, -1], drifting.position_B2[i] + drifting.travel_B2[i], atol=1e-6)
+
+
+def test_another_future_has_the_same_caption_and_first_frame():
+    captions, scene = shapes.sample(0, range(200))
+    same, other = shapes.sample(0, range(200), future=3)
+    assert same == captions
+    before, after = shapes.render(scene), shapes.render(other)
+    assert torch.allclose(before[:, :, 0], after[:, :, 0], atol=1e-5)
+    moved = (before - after).abs().amax(dim=(1, 2, 3, 4)) > 0.05
+    assert not moved[torch.tensor([caption.closed for caption in captions])].any()
+    assert moved[torch.tensor([not caption.closed for caption in captions])].float().mean() > 0.9
+
+
+def test_some_frames_alone_are_what_they_are_in_the_clip():
+    _, scene = shapes.sample(0, range(12))
+    whole = shapes.render(scene)
+    frames = torch.randint(17, (12, 3), generator=torch.Generator().manual_seed(0))
+    picked = whole.transpose(1, 2)[torch.arange(12)[:, None], frames].transpose(1, 2)
+    assert torch.allclose(shapes.render(scene, frames), picked, atol=1e-5)
+
+
+def test_a_small_picture_is_the_large_one_seen_from_afar():
+    _, scene = shapes.sample(0, range(12))
+    shrunk = torch.nn.functional.avg_pool3d(shapes.render(scene), (1, 2, 2))
+    assert (shapes.render(scene, size=32) - shrunk).abs().mean() < 0.01
 
 
 def test_the_renderer_is_differentiable_in_its_parameters():
     _, scene = shapes.sample(0, range(5))
     names = ("position_B2", "travel_B2", "radius_B", "angle_B", "growth_B", "pan_B", "zoom_B", "colour_B3", "wave_B4")
+    names += ("texture_B4",)
     for name in names:
         getattr(scene, name).requires_grad_()
     shapes.render(scene).square().mean().backward()

@@ -29,6 +29,8 @@ TINY = {
     "vae.frames.batch": 2,
     "vae.clips.steps": 2,
     "vae.clips.batch": 1,
+    "vae.polish.steps": 2,
+    "vae.polish.batch": 1,
     "transformer.num_layers": 2,
     "transformer.num_attention_heads": 2,
     "transformer.attention_head_dim": 12,
@@ -66,11 +68,12 @@ def test_the_run_leaves_its_traces(run_folder):
     config = TeachConfig.model_validate_json((run_folder / "config.json").read_text())
     assert config.vae.frames.steps == 3
     stages = {json.loads(line)["stage"] for line in (run_folder / "events.jsonl").read_text().splitlines()}
-    assert stages == {"vae-frames", "vae-clips", "transformer", "teach"}
+    assert stages == {"vae-frames", "vae-clips", "vae-polish", "transformer", "teach"}
     assert sorted(p.name for p in (run_folder / "samples").iterdir()) == [
         "transformer-000003.png",
         "vae-clips-000002.png",
         "vae-frames-000003.png",
+        "vae-polish-000002.png",
     ]
     assert list((run_folder / "tensorboard").glob("events.out.tfevents.*"))
 
