@@ -54,8 +54,8 @@ def teach_shapes() -> TeachConfig:
         transformer=TransformerConfig(
             num_layers=10,
             num_attention_heads=4,
-            attention_head_dim=48,
-            ffn_dim=768,
+            attention_head_dim=56,
+            ffn_dim=448,
             text_dim=128,
             text_layers=2,
             max_sequence_length=32,

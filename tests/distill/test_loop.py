@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from distill.config import FitConfig
-from distill.loop import Interrupted, Run, fit
+from distill.loop import Interrupted, Run, compiled, fit
 
 CONFIG = FitConfig(
     steps=12,
@@ -77,3 +77,10 @@ def test_a_loss_that_is_not_finite_ends_the_run(tmp_path):
     run = Run(tmp_path, seed=0)
     with run.handling_signals(), pytest.raises(FloatingPointError, match="not finite at step 0"):
         fit(run, "stage", model, lambda *_: (model.weight.sum() * float("nan"), {}), CONFIG, lambda _path: {})
+
+
+def test_without_a_compiler_training_goes_on_uncompiled(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("distill.loop.shutil.which", lambda _name: None)
+    monkeypatch.setattr("distill.loop.torch.cuda.is_available", lambda: False)
+    assert compiled(Run(tmp_path, seed=0), train) is train
+    assert "no C++ compiler (g++) found: training goes on uncompiled" in capsys.readouterr().err

@@ -132,7 +132,7 @@ def test_another_future_has_the_same_caption_and_first_frame():
     same, other = shapes.sample(0, range(200), future=3)
     assert same == captions
     before, after = shapes.render(scene), shapes.render(other)
-    assert torch.allclose(before[:, :, 0], after[:, :, 0], atol=1e-5)
+    assert torch.allclose(before[:, :, 0], after[:, :, 0], atol=5e-3)  # the soft edge of what is about to come in
     moved = (before - after).abs().amax(dim=(1, 2, 3, 4)) > 0.05
     assert not moved[torch.tensor([caption.closed for caption in captions])].any()
     assert moved[torch.tensor([not caption.closed for caption in captions])].float().mean() > 0.9
