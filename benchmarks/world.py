@@ -89,7 +89,7 @@ def _report(drawn: shapes.Clips, found: list[fitting.Fit], drawn_hz: float, fit_
 | direction, degrees | {_quantiles(apart_B.abs().rad2deg()[travels_B])} |
 | pace, % | {_quantiles(100 * (pace_B / true_pace_B - 1).abs()[paced_B])} |
 
-The fitted clip explains the drawn one to {psnr_B.median():.0f} dB (median); 95 % of them to {psnr_B.quantile(0.05):.0f}.
+Fitted clips explain the drawn ones to {psnr_B.median():.0f} dB (median); 95 % of them to {psnr_B.quantile(0.05):.0f}.
 
 Clips whose law was not found: {"; ".join(_miss(drawn, found_law, seen_B, i) for i in wrong) or "none"}.
 """

@@ -82,5 +82,7 @@ def test_a_loss_that_is_not_finite_ends_the_run(tmp_path):
 def test_without_a_compiler_training_goes_on_uncompiled(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("distill.loop.shutil.which", lambda _name: None)
     monkeypatch.setattr("distill.loop.torch.cuda.is_available", lambda: False)
-    assert compiled(Run(tmp_path, seed=0), train) is train
+    run = Run(tmp_path, seed=0)
+    with run.handling_signals():
+        assert compiled(run, train) is train
     assert "no C++ compiler (g++) found: training goes on uncompiled" in capsys.readouterr().err
