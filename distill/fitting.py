@@ -116,7 +116,7 @@ def paces(scene: Scene, law: Sequence[str]) -> Tensor:
     """The pace k with which each scene follows its law; 0 for a law that has none (is still, wanders)."""
     by_law = {
         "travels": scene.travel_B2.norm(dim=1),
-        "bounces": (scene.bounce_rate_B - 1) / 2,
+        "bounces": scene.bounce_rate_B - 1,
         "turns": scene.spin_B.abs() / 2.4,
         "grows": torch.where(scene.growth_B > 0, scene.growth_B / 1.1, scene.growth_B / -0.65),
     }
@@ -131,7 +131,7 @@ def still(given: Scene) -> Scene:
         for name in ("growth_B", "spin_B", "travel_B2", "bounce_B", "path_B32", "onset_B", "pan_B", "zoom_B")
     }
     nothing = torch.full_like(given.second_shape_B, -1)
-    return replace(given, **zeros, bounce_rate_B=torch.full_like(given.radius_B, 2.0), second_shape_B=nothing)
+    return replace(given, **zeros, bounce_rate_B=torch.full_like(given.radius_B, 1.5), second_shape_B=nothing)
 
 
 def _shrink(video_BCTHW: Tensor) -> Tensor:
@@ -326,7 +326,7 @@ def _least_squares(law: str, start: Scene, tracked: Track, visible_BT: Tensor) -
 
     def options() -> Any:
         if law == "bounces":
-            for rate in torch.arange(1.5, 3.6, 0.1).tolist():
+            for rate in torch.arange(1.1, 2.7, 0.1).tolist():
                 wave_T = torch.sin(math.pi * rate * t_T).abs()
                 height_B = slope(-offset_BT2[..., 1], wave_T).clamp(0.15, 1.2)
                 yield {"bounce_B": height_B, "bounce_rate_B": torch.full_like(height_B, rate)}, 0
@@ -383,7 +383,7 @@ def _place_second(video_BCTHW: Tensor, start: Scene, kind_B: Tensor, seen: Segme
     world_BT2[..., 0] += moved.pan_BT
     mass_B = area_BT.sum(1).clamp(min=1)
     colour_B3 = torch.einsum("bcthw,bthw->bc", video_BCTHW / 2 + 0.5, seen.other_BTHW) / mass_B[:, None]
-    radius_B = torch.full_like(start.radius_B, 0.38)
+    radius_B = torch.full_like(start.radius_B, 0.42)
     first_B = seen_BT.argmax(1)
     entry_B2 = screen_BT2[torch.arange(len(start)), first_B]
     # It comes in over the side that it was first seen at, straight towards the other one.
@@ -399,7 +399,7 @@ def _place_second(video_BCTHW: Tensor, start: Scene, kind_B: Tensor, seen: Segme
     spread_B = (whole_BT * (t_T - mean_t_B[:, None]) ** 2).sum(1)
     together_B = (whole_BT * (t_T - mean_t_B[:, None]) * (along_BT - mean_along_B[:, None])).sum(1)
     slope_B = together_B / spread_B.clamp(min=1e-3)
-    speed_B = torch.where(spread_B > 0.01, slope_B * side_B, torch.full_like(slope_B, 1.6)).clamp(1.0, 2.6) * side_B
+    speed_B = torch.where(spread_B > 0.01, slope_B * side_B, torch.full_like(slope_B, 1.4)).clamp(0.8, 2.4) * side_B
     lane_B = (whole_BT * world_BT2[rows, :, 1 - across]).sum(1) / whole_BT.sum(1).clamp(min=1)
     position_B2 = torch.zeros_like(start.position_B2)
     position_B2[rows, across] = mean_along_B - speed_B * mean_t_B

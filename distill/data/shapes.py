@@ -120,9 +120,9 @@ class Scene:
     travel_B2: Tensor
     """Straight displacement over the clip."""
     bounce_B: Tensor
-    """Height of the bounce, .6 or 0."""
+    """Height of the bounce, .5 or 0."""
     bounce_rate_B: Tensor
-    """1 + 2 k: half-waves of the bounce over the clip."""
+    """1 + k: half-waves of the bounce over the clip."""
     path_B32: Tensor
     """Offsets from the start at t = 1/3, 2/3, 1 of a wandering shape; zero for every other motion."""
     onset_B: Tensor
@@ -265,7 +265,7 @@ def _scene(draws: _Draws, future: _Draws, captions: list[Caption]) -> Scene:
     said_pace_B = per([PACES.get(c.pace or "", 0.0) for c in captions])
     k_B = torch.where(torch.tensor([c.pace is None for c in captions]), open_pace_B, said_pace_B)
 
-    ranges = [_RADIUS.get(m, (0.22, 0.36)) for m in motions]
+    ranges = [_RADIUS.get(m, (0.30, 0.44)) for m in motions]
     low_B, high_B = per([low for low, _ in ranges]), per([high for _, high in ranges])
     start = [_START.get(m, (-0.45, 0.45, -0.45, 0.45)) for m in motions]
     box_B4 = torch.tensor(start, dtype=torch.float32).reshape(count, 4)
@@ -283,7 +283,7 @@ def _scene(draws: _Draws, future: _Draws, captions: list[Caption]) -> Scene:
         * per([{**SPINS, "spins": (-1.0, 1.0)[side]}.get(m, 0.0) for m, side in zip(motions, either, strict=True)])
     )
     growth_B = k_B * per([{"grows": 1.1, "shrinks": -0.65}.get(m, 0.0) for m in motions])
-    bounce_B = per([0.6 if m == "bounces" else 0.0 for m in motions])
+    bounce_B = per([0.5 if m == "bounces" else 0.0 for m in motions])
 
     points_B32 = future.uniform("way-points", -0.6, 0.6, count=6).reshape(count, 3, 2)
     wanders_B = per([float(m == "wanders") for m in motions])
@@ -294,7 +294,7 @@ def _scene(draws: _Draws, future: _Draws, captions: list[Caption]) -> Scene:
     colour_B3 = torch.tensor([COLOURS[c.colour] for c in captions]).reshape(count, 3)
 
     second_B = torch.tensor([SHAPES.index(c.second) if c.second else -1 for c in captions], dtype=torch.int64)
-    second_radius_B = future.uniform("second radius", 0.30, 0.46)
+    second_radius_B = future.uniform("second radius", 0.34, 0.50)
     second_position_B2, second_travel_B2 = _crossing(future, second_radius_B)
     # Any of the other seven colours: two shapes of one colour would melt into each other.
     names = list(COLOURS)
@@ -313,7 +313,7 @@ def _scene(draws: _Draws, future: _Draws, captions: list[Caption]) -> Scene:
         spin_B=spin_B,
         travel_B2=travel_B2,
         bounce_B=bounce_B,
-        bounce_rate_B=1 + 2 * k_B,
+        bounce_rate_B=1 + k_B,
         path_B32=path_B32,
         onset_B=per([float(m in OPEN_MOTIONS) for m in motions]) * future.uniform("onset", 0, 0.4),
         pan_B=zero_B + per([{"camera pans left": -0.5, "camera pans right": 0.5}.get(c, 0.0) for c in cameras]),
@@ -332,7 +332,7 @@ def _scene(draws: _Draws, future: _Draws, captions: list[Caption]) -> Scene:
     )
 
 
-_RADIUS = {"grows": (0.18, 0.26), "shrinks": (0.30, 0.42)}
+_RADIUS = {"grows": (0.22, 0.30), "shrinks": (0.40, 0.52)}
 # x low, x high, y low, y high of the start: a moving shape starts on the side that it leaves.
 _START = {
     "moves left": (0.0, 0.6, -0.45, 0.45),
@@ -347,7 +347,7 @@ def _crossing(draws: _Draws, radius_B: Tensor) -> tuple[Tensor, Tensor]:
     """Start (at t = 0, outside the frame) and travel of a shape that touches a random side at a random time."""
     side_B = (draws.uniform("second side") * 4).long()
     enters_at_B = draws.uniform("second time", 0.1, 0.5)
-    speed_B = draws.uniform("second speed", 1.2, 2.4)
+    speed_B = draws.uniform("second speed", 1.0, 2.0)
     lane_B = draws.uniform("second lane", -0.6, 0.6)
     inward_B2 = torch.tensor([(1.0, 0.0), (-1.0, 0.0), (0.0, 1.0), (0.0, -1.0)])[side_B]
     across_B2 = inward_B2.flip(1).abs()

@@ -83,9 +83,9 @@ def test_half_of_the_captions_are_closed_and_all_of_them_parse():
 def test_scenes_keep_to_their_ranges():
     captions, scene = shapes.sample(1, range(3000))
     for i, caption in enumerate(captions):
-        low, high = {"grows": (0.18, 0.26), "shrinks": (0.30, 0.42)}.get(caption.motion, (0.22, 0.36))
+        low, high = {"grows": (0.22, 0.30), "shrinks": (0.40, 0.52)}.get(caption.motion, (0.30, 0.44))
         assert low <= scene.radius_B[i] <= high
-        k = (scene.bounce_rate_B[i].item() - 1) / 2
+        k = scene.bounce_rate_B[i].item() - 1
         assert {"quickly": 1.0, "slowly": 0.45}.get(caption.pace, k) == pytest.approx(k, abs=1e-5)
         assert 0.349 <= k <= 1.101
         if caption.motion == "drifts":
