@@ -159,7 +159,7 @@ def teach(run: Run, config: VaeConfig) -> AutoencoderKLWan:
         start = shapes.SPLITS["train"].start + step * batch
         _, scene = shapes.sample(run.seed, range(start, start + batch))
         which_B1 = torch.randint(shapes.NUM_FRAMES, (batch, 1), generator=generator)
-        return loss_on(shapes.render(scene, which_B1, chunk=batch), generator, config.frames)
+        return loss_on(shapes.render(scene.to(device), which_B1, chunk=batch), generator, config.frames)
 
     def clips(step: int, generator: torch.Generator) -> tuple[Tensor, dict[str, float]]:
         return whole(config.clips, config.frames.steps * config.frames.batch, step, generator)
@@ -170,8 +170,8 @@ def teach(run: Run, config: VaeConfig) -> AutoencoderKLWan:
 
     def whole(phase: VaePhase, seen: int, step: int, generator: torch.Generator) -> tuple[Tensor, dict[str, float]]:
         start = shapes.SPLITS["train"].start + seen + step * phase.batch
-        drawn = shapes.clips(run.seed, range(start, start + phase.batch))
-        return loss_on(drawn.video_BCTHW, generator, phase)
+        _, scene = shapes.sample(run.seed, range(start, start + phase.batch))
+        return loss_on(shapes.render(scene.to(device)), generator, phase)
 
     fit(run, "vae-frames", vae, frames, config.frames, _sampler(vae, held_out[:, :, -1:]))
     fit(run, "vae-clips", vae, clips, config.clips, _sampler(vae, held_out))

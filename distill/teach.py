@@ -77,12 +77,6 @@ def _write_config(folder: Path, config: TeachConfig) -> None:
     path.write_text(json.dumps(config.model_dump(mode="json"), indent=2) + "\n")
 
 
-def train_clips(seed: int, first: int, count: int) -> shapes.Clips:
-    """``count`` clips of the training split from its ``first`` on."""
-    start = shapes.SPLITS["train"].start + first
-    return shapes.clips(seed, range(start, start + count))
-
-
 def dev_clips(seed: int, count: int) -> shapes.Clips:
     """The first ``count`` clips of the dev split."""
     return shapes.clips(seed, shapes.SPLITS["dev"][:count])
@@ -103,8 +97,9 @@ def encode_clips(run: Run, vae: AutoencoderKLWan, count: int) -> tuple[Tensor, l
         started, chunk, rows = time.monotonic(), 16, []
         for first in range(0, count, chunk):
             run.check_stop()
-            video_BCTHW = train_clips(run.seed, first, min(chunk, count - first)).video_BCTHW
-            rows.append(autoencoder.encode(vae, video_BCTHW.to(vae.device))[0].cpu())
+            start = shapes.SPLITS["train"].start + first
+            _, scene = shapes.sample(run.seed, range(start, start + min(chunk, count - first)))
+            rows.append(autoencoder.encode(vae, shapes.render(scene.to(vae.device)))[0].cpu())
             if first // chunk % 25 == 0:
                 rate = (first + chunk) / (time.monotonic() - started)
                 run.say(f"latents {first}/{count}  {rate:.1f} clips/s  {(count - first) / rate / 60:.1f} min left")
