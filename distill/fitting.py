@@ -443,12 +443,12 @@ def _refine(video_BCTHW: Tensor, scene: Scene, size: int, steps: int, gently: bo
 
 
 def _choose(video_BCTHW: Tensor, scenes: list[Scene], laws: list[list[str]]) -> tuple[list[str], Scene]:
-    """The candidate with the smaller error; one with more freedom has to be better by a tenth."""
+    """The candidate with the smaller error; a free path has to be better by half."""
     with torch.no_grad():
         errors_KB = torch.stack(
             [(shapes.render(s, size=COARSE) - video_BCTHW).square().mean(dim=(1, 2, 3, 4)) for s in scenes]
         )
-    handicap = {"wanders": 1.1, "is still": 0.95}
+    handicap = {"wanders": 1.5, "is still": 0.95}
     handicap_KB = torch.tensor([[handicap.get(law, 1.0) for law in row] for row in laws])
     best_B = ((errors_KB + 1e-4) * handicap_KB).argmin(0).tolist()
     law = [laws[k][b] for b, k in enumerate(best_B)]

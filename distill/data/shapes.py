@@ -351,7 +351,8 @@ def _crossing(draws: _Draws, radius_B: Tensor) -> tuple[Tensor, Tensor]:
     lane_B = draws.uniform("second lane", -0.6, 0.6)
     inward_B2 = torch.tensor([(1.0, 0.0), (-1.0, 0.0), (0.0, 1.0), (0.0, -1.0)])[side_B]
     across_B2 = inward_B2.flip(1).abs()
-    edge_B2 = -inward_B2 * (1 + radius_B)[:, None] + across_B2 * lane_B[:, None]
+    # No kind reaches further than the corner of a triangle, 1.2 r.
+    edge_B2 = -inward_B2 * (1 + 1.2 * radius_B)[:, None] + across_B2 * lane_B[:, None]
     return edge_B2 - inward_B2 * (speed_B * enters_at_B)[:, None], inward_B2 * speed_B[:, None]
 
 
