@@ -105,7 +105,8 @@ def encode_clips(run: Run, vae: AutoencoderKLWan, count: int) -> tuple[Tensor, l
                 run.say(f"latents {first}/{count}  {rate:.1f} clips/s  {(count - first) / rate / 60:.1f} min left")
         raw = torch.cat(rows)
         mean_C, std_C = raw.mean(dim=(0, 2, 3, 4)), raw.std(dim=(0, 2, 3, 4))
-        normalised = (raw - mean_C.view(1, -1, 1, 1, 1)) / std_C.view(1, -1, 1, 1, 1)
+        # The convolutions leave the memory in an order of their own.
+        normalised = ((raw - mean_C.view(1, -1, 1, 1, 1)) / std_C.view(1, -1, 1, 1, 1)).contiguous()
         aside = path.with_suffix(".tmp")
         save_file({"latents": normalised.half(), "mean": mean_C, "std": std_C}, aside)
         os.replace(aside, path)
