@@ -95,15 +95,14 @@ def _evaluate(options: argparse.Namespace) -> int:
             raise ConfigError("--store-best is a choice, and choices are made on the dev split: add --split dev")
         settings = [f"{name}={json.dumps(value)}" for name, value in given.items() if value is not None]
         config = override(recipes.evaluate_shapes(), settings)
-        from distill import evaluate, student
+        from distill import evaluate
 
         out = options.out or Path("var/evaluations") / options.folder.resolve().name
         results = evaluate.evaluate(options.folder, out, config, lambda line: print(line, file=sys.stderr, flush=True))
         print((out / "report.md").read_text())
         if options.store_best:
-            best = max(results, key=lambda result: result.mean_score)
-            student.restate(options.folder, best.setting.num_inference_steps, best.setting.guidance_scale)
-            print(f"stored in {options.folder}: {best.setting}")
+            best = evaluate.store_best(options.folder, results)
+            print(f"stored in {options.folder}: {best}")
     except (ConfigError, FolderError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -10,18 +10,19 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import product
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from diffusers import DiffusionPipeline
+from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
 from torch import Tensor
 
-from distill import features, fitting, losses, metrics, report, sampler, student
+from distill import features, fitting, losses, metrics, report, sampler, schedule, student
 from distill.autoencoder import in_one_pass
 from distill.backbones import wan
 from distill.config import ConfigError, EvaluateConfig
@@ -32,6 +33,9 @@ BATCH = 32
 FEATURES = Path(__file__).resolve().parent.parent / "models" / "shapes-features" / "model.safetensors"
 PARTS = ("all", "closed", "open")
 ROWS = ("score", *metrics.SCORED, *metrics.REPORTED)
+Interval = tuple[float, float, float]
+"""Mean and the ends of its 95 % interval."""
+Say = Callable[[str], None]
 
 
 @dataclass(frozen=True)
@@ -50,9 +54,11 @@ class Result:
     """The metrics of one setting, an array ``[seeds, clips]`` each."""
 
     setting: Setting
+    closed: np.ndarray
+    """Which of the clips have closed captions."""
     values: dict[str, np.ndarray]
     diversity: np.ndarray
-    """``[pairs]``."""
+    """``[pairs]``; empty where it was not asked for."""
     seconds_per_clip: float
     fvd_shapes: tuple[float, float] | None
     """Frechet distance of the clips' features to those of drawn clips, and the same between two sets of drawn ones."""
@@ -62,8 +68,13 @@ class Result:
         """``score`` over all clips and seeds."""
         return float(np.nanmean(self.values["score"]))
 
+    @cached_property
+    def summary(self) -> dict[str, dict[str, Interval]]:
+        """Every metric over all clips and over either kind of caption."""
+        return {part: {name: interval(_part(self.values[name], self.closed, part)) for name in ROWS} for part in PARTS}
 
-def evaluate(folder: Path, out: Path, config: EvaluateConfig, say: Callable[[str], None]) -> list[Result]:
+
+def evaluate(folder: Path, out: Path, config: EvaluateConfig, say: Say) -> list[Result]:
     """Sample, measure, and write the report of ``folder`` into ``out``.
 
     Raises:
@@ -72,30 +83,76 @@ def evaluate(folder: Path, out: Path, config: EvaluateConfig, say: Callable[[str
     """
     card = student.read_card(folder)
     pipe = load(folder)
-    clips, closed = draw_clips(config.split, config.clips)
-    reconstruct = _reconstruction(pipe)
-    vae_psnr_db_T = losses.psnr_db(reconstruct(clips.video_BCTHW), clips.video_BCTHW).mean(0).numpy()
-    settings = settings_of(card, config)
-    results, shown = [], {}
-    for setting in settings:
-        result, sheet = _evaluate_setting(pipe, card, clips, reconstruct, setting, config, say)
+    yardstick = Yardstick(config, pipe)
+    truth_BCTHW = yardstick.clips.video_BCTHW
+    vae_psnr_db_T = losses.psnr_db(yardstick.reconstruct(truth_BCTHW), truth_BCTHW).mean(0).numpy()
+    results, shown = [], []
+    for setting in settings_of(card, config):
+        result, made_BCTHW = _evaluate_setting(pipe, card, yardstick, setting, say)
         results.append(result)
-        shown[str(setting)] = sheet
+        shown.append(made_BCTHW)
     out.mkdir(parents=True, exist_ok=True)
-    _write(out / "report.json", json.dumps(_as_json(card, config, closed, vae_psnr_db_T, results)) + "\n")
-    _write(out / "report.md", as_markdown(card, config, closed, vae_psnr_db_T, results))
-    report.bars(out / "metrics.png", _bars(results, closed), title=f"{card.name}, {config.split} split")
+    _write(out / "report.json", json.dumps(_as_json(card, config, vae_psnr_db_T, results)) + "\n")
+    _write(out / "report.md", as_markdown(card, config, vae_psnr_db_T, results))
+    report.bars(out / "metrics.png", _bars(results), title=f"{card.name}, {config.split} split")
     # Half of the sheet closed, half open: draw_clips puts the closed ones first.
-    half = min(6, len(clips.captions) // 2)
-    rows = torch.tensor([*range(half), *range(len(clips.captions) - half, len(clips.captions))])
-    for number, setting in enumerate(settings):
-        name = "sheet.png" if number == 0 else f"sheet-{setting.num_inference_steps}-{setting.guidance_scale:g}.png"
-        made, truth = shown[str(setting)][rows], clips.video_BCTHW[rows]
-        report.contact_sheet(out / name, [truth, made, (made - truth) / 2], inputs_BCHW=truth[:, :, 0])
+    count = len(truth_BCTHW)
+    half = min(6, count // 2)
+    rows = torch.tensor([*range(half), *range(count - half, count)])
+    truth_BCTHW = truth_BCTHW[rows]
+    for number, (result, made_BCTHW) in enumerate(zip(results, shown, strict=True)):
+        steps, scale = result.setting.num_inference_steps, result.setting.guidance_scale
+        made_BCTHW = made_BCTHW[rows]
+        columns = [truth_BCTHW, made_BCTHW, (made_BCTHW - truth_BCTHW) / 2]
+        name = "sheet.png" if number == 0 else f"sheet-{steps}-{scale:g}.png"
+        report.contact_sheet(out / name, columns, inputs_BCHW=truth_BCTHW[:, :, 0])
         if number == 0:
-            given = truth[:, :, :1].expand_as(truth)
-            report.animation(out / "comparison.webp", [given, truth, made], shapes.FPS)
+            given_BCTHW = truth_BCTHW[:, :, :1].expand_as(truth_BCTHW)
+            report.animation(out / "comparison.webp", [given_BCTHW, truth_BCTHW, made_BCTHW], shapes.FPS)
     return results
+
+
+class Yardstick:
+    """What every setting is asked to make and measured against: drawn once."""
+
+    def __init__(self, config: EvaluateConfig, pipe: Any) -> None:
+        self.config = config
+        self.clips, self.closed = draw_clips(config.split, config.clips)
+        self.reconstruct = _reconstruction(pipe)
+        self.pairs: shapes.Clips | None = None
+        if config.diversity_pairs:
+            _, indices = _by_kind(config.split, config.diversity_pairs)
+            self.pairs = shapes.clips(0, indices)
+            futures = metrics.truth_futures(self.pairs, config.diversity_samples)
+            self.drawn_choices = _by_pair([metrics.choices_of(self.pairs.captions, scene) for scene in futures])
+        # A covariance of so many features wants more clips than features.
+        self.classifier: features.ClipClassifier | None = None
+        if FEATURES.exists() and config.seeds * config.clips > features.FEATURES:
+            self.classifier = features.load(FEATURES)
+            futures = metrics.truth_futures(self.clips, 2 * config.seeds)
+            self.world_NF = self.features_of(shapes.render(scene) for scene in futures[: config.seeds])
+            self.world_again_NF = self.features_of(shapes.render(scene) for scene in futures[config.seeds :])
+
+    @torch.no_grad()
+    def features_of(self, videos: Iterable[Tensor]) -> Tensor:
+        """``[N, features]`` of all clips of all videos."""
+        assert self.classifier is not None
+        return torch.cat([self.classifier(part) for video in videos for part in video.split(BATCH)])
+
+    def fvd_shapes(self, made: Sequence[Tensor]) -> tuple[float, float] | None:
+        """Distance of a model's clips to drawn ones with the same first frames and captions, and of two drawn sets.
+
+        None where the classifier is not at hand, or there are too few clips for its features.
+        """
+        if self.classifier is None:
+            return None
+        distance = features.frechet_distance(self.features_of(made), self.world_NF)
+        return distance, features.frechet_distance(self.world_again_NF, self.world_NF)
+
+
+def _by_pair(samples: Sequence[list[tuple[str, ...]]]) -> list[list[tuple[str, ...]]]:
+    """From one list for each sample to one list for each (image, caption) pair."""
+    return [list(pair) for pair in zip(*samples, strict=True)]
 
 
 def load(folder: Path) -> Any:
@@ -114,17 +171,26 @@ def settings_of(card: student.Card, config: EvaluateConfig) -> list[Setting]:
     return [Setting(*pair) for pair in product(steps, scales)]
 
 
-def draw_clips(split: str, count: int) -> tuple[shapes.Clips, np.ndarray]:
-    """``count`` clips of a split, first closed captions, then as many open ones; and which are closed."""
+def _by_kind(split: str, count: int) -> tuple[list[int], list[int]]:
+    """The first indices of a split with closed and with open captions, ``count`` of each.
+
+    Raises:
+        ConfigError: the split has not that many.
+    """
+    # Half of the captions are closed: so many hold enough of both kinds, but for the end of a split.
     everything = shapes.SPLITS[split][: 4 * count + 64]
     captions, _ = shapes.sample(0, everything)
     closed = [index for index, caption in zip(everything, captions, strict=True) if caption.closed]
     opened = [index for index, caption in zip(everything, captions, strict=True) if not caption.closed]
-    half = count // 2
-    if min(len(closed), len(opened)) < count - half:
-        raise ConfigError(f"--clips {count}: the {split} split does not hold as many of both kinds; ask for fewer")
-    indices = closed[:half] + opened[: count - half]
-    clips = shapes.clips(0, indices)
+    if min(len(closed), len(opened)) < count:
+        raise ConfigError(f"the {split} split does not hold {count} closed and as many open captions; ask for fewer")
+    return closed[:count], opened[:count]
+
+
+def draw_clips(split: str, count: int) -> tuple[shapes.Clips, np.ndarray]:
+    """``count`` clips of a split, first closed captions, then as many open ones; and which are closed."""
+    closed, opened = _by_kind(split, count - count // 2)
+    clips = shapes.clips(0, closed[: count // 2] + opened)
     return clips, np.array([caption.closed for caption in clips.captions])
 
 
@@ -159,80 +225,64 @@ def _reconstruction(pipe: Any) -> Callable[[Tensor], Tensor]:
 
 
 def _evaluate_setting(
-    pipe: Any, card: student.Card, clips: shapes.Clips, reconstruct: Callable[[Tensor], Tensor], setting: Setting,
-    config: EvaluateConfig, say: Callable[[str], None],
-) -> tuple[Result, Tensor]:  # fmt: skip
+    pipe: Any, card: student.Card, yardstick: Yardstick, setting: Setting, say: Say
+) -> tuple[Result, Tensor]:
+    """The numbers of one setting, and the clips of its first seed."""
+    config, clips = yardstick.config, yardstick.clips
     assert clips.source is not None
     prompts = [str(caption) for caption in clips.captions]
-    precision = torch.bfloat16 if config.precision == "bfloat16" else torch.float32
-
     rows: list[dict[str, Tensor]] = []
     all_made: list[Tensor] = []
     seconds = 0.0
     for seed in range(config.seeds):
         started = time.monotonic()
         seeds = [noise_seed(seed, index) for index in clips.source[1]]
-        made = make(pipe, card, setting, clips.video_BCTHW[:, :, 0], prompts, seeds, precision)
-        seconds += time.monotonic() - started
-        say(f"{setting}: seed {seed}: {len(prompts)} clips in {time.monotonic() - started:.0f} s")
-        rows.append(metrics.measure(made, clips, reconstruct).values)
-        say(f"{setting}: seed {seed}: score {rows[-1]['score'].mean():.3f}")
+        made = make(pipe, card, setting, clips.video_BCTHW[:, :, 0], prompts, seeds, _precision(config))
+        took = time.monotonic() - started
+        seconds += took
+        rows.append(metrics.measure(made, clips, yardstick.reconstruct).values)
+        say(
+            f"{setting}: seed {seed}: {len(prompts)} clips, {took:.0f} s to make them, "
+            f"{time.monotonic() - started - took:.0f} s to measure them: score {rows[-1]['score'].mean():.3f}"
+        )
         all_made.append(made)
     values = {name: torch.stack([row[name] for row in rows]).numpy() for name in rows[0]}
-    spread = _diversity(pipe, card, setting, config, precision, say)
-    distances = fvd_shapes(all_made, clips)
-    return Result(setting, values, spread, seconds / (config.seeds * len(prompts)), distances), all_made[0]
+    result = Result(
+        setting=setting,
+        closed=yardstick.closed,
+        values=values,
+        diversity=_diversity(pipe, card, yardstick, setting, say),
+        seconds_per_clip=seconds / (config.seeds * len(prompts)),
+        fvd_shapes=yardstick.fvd_shapes(all_made),
+    )
+    return result, all_made[0]
 
 
-def fvd_shapes(made: list[Tensor], clips: shapes.Clips) -> tuple[float, float] | None:
-    """Distance of a model's clips to drawn ones with the same first frames and captions, and between two drawn sets.
-
-    None where the classifier is not at hand, or there are too few clips for its features.
-    """
-    if not FEATURES.exists() or len(made) * len(clips.captions) <= features.FEATURES:
-        return None
-    classifier = features.load(FEATURES)
-
-    @torch.no_grad()
-    def of(videos: list[Tensor]) -> Tensor:
-        return torch.cat([classifier(part) for video in videos for part in video.split(BATCH)])
-
-    drawn = [shapes.render(scene) for scene in metrics.truth_futures(clips, 2 * len(made))]
-    world, again = of(drawn[: len(made)]), of(drawn[len(made) :])
-    return features.frechet_distance(of(made), world), features.frechet_distance(again, world)
+def _precision(config: EvaluateConfig) -> torch.dtype:
+    return torch.bfloat16 if config.precision == "bfloat16" else torch.float32
 
 
-def _diversity(
-    pipe: Any, card: student.Card, setting: Setting, config: EvaluateConfig, precision: torch.dtype,
-    say: Callable[[str], None],
-) -> np.ndarray:  # fmt: skip
+def _diversity(pipe: Any, card: student.Card, yardstick: Yardstick, setting: Setting, say: Say) -> np.ndarray:
     """Entropy of the model's choices over that of the world's, for each of some open (image, caption) pairs."""
-    if not config.diversity_pairs:
+    if yardstick.pairs is None:
         return np.empty(0)
-    split = shapes.SPLITS[config.split]
-    candidates = split[: 8 * config.diversity_pairs + 64]
-    captions, _ = shapes.sample(0, candidates)
-    opened = [index for index, caption in zip(candidates, captions, strict=True) if not caption.closed]
-    indices = opened[: config.diversity_pairs]
-    pairs = shapes.clips(0, indices)
-    made, drawn = [], []
-    for sample_number in range(config.diversity_samples):
-        seeds = [noise_seed(1000 + sample_number, index) for index in indices]
-        prompts = [str(caption) for caption in pairs.captions]
-        videos = make(pipe, card, setting, pairs.video_BCTHW[:, :, 0], prompts, seeds, precision)
-        made.append(metrics.choices(fitting.fit(videos, pairs.scene)))
-        _, scene = shapes.sample(0, indices, future=1 + sample_number)
-        drawn.append(metrics.choices_of(pairs.captions, scene))
-    by_pair = (list(map(list, zip(*samples, strict=True))) for samples in (made, drawn))
-    ratios = metrics.diversity(*by_pair).numpy()
-    say(f"{setting}: diversity {np.nanmean(ratios):.3f} over {len(indices)} pairs")
+    assert yardstick.pairs.source is not None
+    prompts = [str(caption) for caption in yardstick.pairs.captions]
+    made = []
+    for number in range(yardstick.config.diversity_samples):
+        seeds = [noise_seed(1000 + number, index) for index in yardstick.pairs.source[1]]
+        first_BCHW = yardstick.pairs.video_BCTHW[:, :, 0]
+        videos = make(pipe, card, setting, first_BCHW, prompts, seeds, _precision(yardstick.config))
+        made.append(metrics.choices(fitting.fit(videos, yardstick.pairs.scene)))
+    ratios = metrics.diversity(_by_pair(made), yardstick.drawn_choices).numpy()
+    say(f"{setting}: diversity {np.nanmean(ratios):.3f} over {len(prompts)} pairs")
     return ratios
 
 
 # --- intervals ------------------------------------------------------------------------------------------------------
 
 
-def interval(values: np.ndarray, resamples: int = 2000) -> tuple[float, float, float]:
+def interval(values: np.ndarray, resamples: int = 2000) -> Interval:
     """Mean and 95 % interval of ``[seeds, clips]`` values by bootstrap over clips and seeds; NaN where nothing applies.
 
     Of a difference of two settings' values (same clips, same noise) this is the paired interval.
@@ -260,7 +310,7 @@ def _part(values: np.ndarray, closed: np.ndarray, part: str) -> np.ndarray:
 
 
 def _as_json(
-    card: student.Card, config: EvaluateConfig, closed: np.ndarray, vae_psnr_db_T: np.ndarray, results: list[Result]
+    card: student.Card, config: EvaluateConfig, vae_psnr_db_T: np.ndarray, results: list[Result]
 ) -> dict[str, Any]:
     def numbers(array: np.ndarray) -> Any:
         return json.loads(json.dumps(np.round(array, 5).tolist()).replace("NaN", "null"))
@@ -268,7 +318,7 @@ def _as_json(
     return {
         "model": {"name": card.name, "sha256": card.sha256},
         "config": config.model_dump(mode="json"),
-        "closed": closed.tolist(),
+        "closed": results[0].closed.tolist(),
         "autoencoder_psnr_db": numbers(vae_psnr_db_T),
         "settings": [
             {
@@ -276,8 +326,8 @@ def _as_json(
                 "guidance_scale": r.setting.guidance_scale,
                 "seconds_per_clip": round(r.seconds_per_clip, 4),
                 "summary": {
-                    part: {name: numbers(np.array(interval(_part(r.values[name], closed, part)))) for name in ROWS}
-                    for part in PARTS
+                    part: {name: numbers(np.array(given)) for name, given in rows.items()}
+                    for part, rows in r.summary.items()
                 },
                 "diversity": numbers(np.array(interval(r.diversity[None]))) if r.diversity.size else None,
                 "values": {name: numbers(array) for name, array in r.values.items()},
@@ -289,10 +339,9 @@ def _as_json(
     }
 
 
-def as_markdown(
-    card: student.Card, config: EvaluateConfig, closed: np.ndarray, vae_psnr_db_T: np.ndarray, results: list[Result]
-) -> str:
+def as_markdown(card: student.Card, config: EvaluateConfig, vae_psnr_db_T: np.ndarray, results: list[Result]) -> str:
     """The report: the autoencoder by frame, each setting by part, and what the others lose against the first."""
+    closed = results[0].closed
     lines = [
         f"# {card.name}",
         "",
@@ -305,7 +354,7 @@ def as_markdown(
     for result in results:
         lines += ["", f"## {result.setting}", "", *_head("metric")]
         for name in ROWS:
-            cells = [_cell(*interval(_part(result.values[name], closed, part))) for part in PARTS]
+            cells = [_cell(*result.summary[part][name]) for part in PARTS]
             lines.append(f"| {name} | " + " | ".join(cells) + " |")
         if result.diversity.size:
             lines.append(f"| diversity | | | {_cell(*interval(result.diversity[None]))} |")
@@ -338,13 +387,23 @@ def _cell(mean: float, low: float, high: float) -> str:
     return f"{mean:.{digits}f} ({low:.{digits}f} to {high:.{digits}f})"
 
 
-def _bars(results: list[Result], closed: np.ndarray) -> dict[str, dict[str, tuple[float, float, float]]]:
-    names = ("score", *metrics.SCORED)
+def _bars(results: list[Result]) -> dict[str, dict[str, Interval]]:
     return {
-        f"{result.setting}, {part}": {name: interval(_part(result.values[name], closed, part)) for name in names}
+        f"{result.setting}, {part}": {name: result.summary[part][name] for name in ("score", *metrics.SCORED)}
         for result in results
         for part in ("closed", "open")
     }
+
+
+def store_best(folder: Path, results: list[Result]) -> Setting:
+    """Write the setting with the best ``score`` into a folder's card; the choice is for the dev split to make."""
+    best = max(results, key=lambda result: result.mean_score).setting
+    card = student.read_card(folder)
+    scheduler = FlowMatchEulerDiscreteScheduler.from_pretrained(folder / "scheduler")
+    call = {**card.call, "num_inference_steps": best.num_inference_steps, "guidance_scale": best.guidance_scale}
+    sigmas = schedule.visited(scheduler, best.num_inference_steps)
+    student.write_card(folder, card.model_copy(update={"call": call, "sigmas": sigmas}))
+    return best
 
 
 def _write(path: Path, text: str) -> None:

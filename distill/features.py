@@ -18,9 +18,10 @@ from safetensors.torch import load_model, save_model
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from distill import fitting
 from distill.config import FeaturesConfig
 from distill.data import shapes
-from distill.loop import Run, fit, training_device
+from distill.loop import Run, fit, remember, training_device
 
 FEATURES = 64
 _MOTIONS = (*shapes.CLOSED_MOTIONS, *shapes.OPEN_MOTIONS)
@@ -56,19 +57,23 @@ class ClipClassifier(nn.Module):
 
 def labels(captions: list[shapes.Caption], scene: shapes.Scene) -> dict[str, Tensor]:
     """What the heads should say of drawn clips: what they show, said or not."""
-    ideal = torch.stack([scene.pan_B / 0.5, scene.zoom_B / 0.6], 1)
-    cameras = torch.tensor([(0.0, 0.0), (-1.0, 0.0), (1.0, 0.0), (0.0, -1.0), (0.0, 1.0)])
     return {
         "shape": scene.shape_B,
         "colour": torch.tensor([list(shapes.COLOURS).index(c.colour) for c in captions]),
         "motion": torch.tensor([_MOTIONS.index(c.motion) for c in captions]),
-        "camera": torch.cdist(ideal, cameras).argmin(1),
+        "camera": torch.tensor([shapes.CAMERAS.index(camera) for camera in fitting.cameras(scene)]),
         "second": (scene.second_shape_B >= 0).long(),
     }
 
 
 def teach(folder: Path, config: FeaturesConfig) -> Path:
-    """Train the classifier and write `FOLDER/model.safetensors` with its accuracies on the dev split."""
+    """Train the classifier and write `FOLDER/model.safetensors` with its accuracies on the dev split.
+
+    Raises:
+        ConfigError: the run folder was begun with another configuration.
+        Interrupted: a signal came; the same command goes on.
+    """
+    remember(folder, config)
     run = Run(folder, config.seed)
     torch.manual_seed(config.seed)
     device = training_device()

@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from distill import losses
 from distill.data import shapes
 from distill.data.shapes import NUM_FRAMES, SIZE, Scene, Track
 
@@ -106,10 +107,10 @@ def _fit(video_BCTHW: Tensor, given: Scene) -> Fit:
     chosen, scene = _choose(coarse_BCTHW, fitted, laws_BK)
     scene = _refine(video_BCTHW, scene, SIZE, 20, gently=True)
     with torch.no_grad():
-        error_B = (shapes.render(scene) - video_BCTHW).square().mean(dim=(1, 2, 3, 4))
+        explained_psnr_db_B = losses.clip_psnr_db(shapes.render(scene), video_BCTHW)
     moved = shapes.track(scene)
     tracked = replace(tracked, pan_BT=moved.pan_BT, zoom_BT=moved.zoom_BT, second_centre_BT2=moved.second_centre_BT2)
-    return Fit(scene, chosen, cameras(scene), tracked, visible_BT, 10 * (4 / error_B.clamp(min=1e-6)).log10())
+    return Fit(scene, chosen, cameras(scene), tracked, visible_BT, explained_psnr_db_B)
 
 
 def paces(scene: Scene, law: Sequence[str]) -> Tensor:
@@ -130,8 +131,7 @@ def still(given: Scene) -> Scene:
         name: torch.zeros_like(getattr(given, name))
         for name in ("growth_B", "spin_B", "travel_B2", "bounce_B", "path_B32", "onset_B", "pan_B", "zoom_B")
     }
-    nothing = torch.full_like(given.second_shape_B, -1)
-    return replace(given, **zeros, bounce_rate_B=torch.full_like(given.radius_B, 1.5), second_shape_B=nothing)
+    return replace(given.alone, **zeros, bounce_rate_B=torch.full_like(given.radius_B, 1.5))
 
 
 def _shrink(video_BCTHW: Tensor) -> Tensor:
@@ -217,8 +217,7 @@ def segment(video_BCTHW: Tensor, scene: Scene, moved: Track | None = None) -> Se
     front = scene.colour_B3[:, :, None, None, None].expand_as(behind)
     if moved is not None:
         huge = replace(moved, radius_BT=torch.full_like(moved.radius_BT, 99.0))
-        nothing = torch.full_like(scene.shape_B, -1)
-        filled = replace(scene, shape_B=torch.zeros_like(scene.shape_B), second_shape_B=nothing)
+        filled = replace(scene.alone, shape_B=torch.zeros_like(scene.shape_B))
         front = shapes.draw(filled, huge) / 2 + 0.5
     away = front - behind
     share_BTHW = (((image - behind) * away).sum(1) / away.square().sum(1).clamp(min=1e-4)).clamp(0, 1)
@@ -276,8 +275,7 @@ def _track(coarse_BCTHW: Tensor, start: Scene, seen: Segments) -> tuple[Track, T
     values = _minimise(values, rates, 30, lambda v: error_BT(track_of(v)))
     tracked = track_of(values)
     with torch.no_grad():
-        alone = replace(start, second_shape_B=torch.full_like(start.second_shape_B, -1))
-        covered_BTHW = coverage(alone, tracked)
+        covered_BTHW = coverage(start, tracked)
         full_BT = covered_BTHW[:, :1].sum(dim=(2, 3)) * (tracked.radius_BT / start.radius_B[:, None]).square()
         full_BT = full_BT / zoom_BT.square()
         visible_BT = ((covered_BTHW * seen.shape_BTHW).sum(dim=(2, 3)) / full_BT.clamp(min=1)).clamp(0, 1)
@@ -287,8 +285,7 @@ def _track(coarse_BCTHW: Tensor, start: Scene, seen: Segments) -> tuple[Track, T
 @torch.no_grad()
 def coverage(scene: Scene, moved: Track) -> Tensor:
     """``[B, T, H, W]``: share of each pixel that the (first) shape covers, as if nothing were before it."""
-    alone = replace(scene, second_shape_B=torch.full_like(scene.second_shape_B, -1))
-    black = replace(alone, background_B23=torch.zeros_like(scene.background_B23))
+    black = replace(scene.alone, background_B23=torch.zeros_like(scene.background_B23))
     white = replace(black, colour_B3=torch.full_like(scene.colour_B3, 2.0))  # lit or not, clamped to 1
     return shapes.draw(white, moved)[:, 0] / 2 + 0.5
 
@@ -342,10 +339,7 @@ def _least_squares(law: str, start: Scene, tracked: Track, visible_BT: Tensor) -
             elif law == "grows":
                 found["growth_B"] = slope(growth_BT, s_T).clamp(min=-0.95)
             elif law == "wanders":
-                u = 3 * s_T
-                basis_TP = torch.stack(
-                    [u * (u - 2) * (u - 3) / 2, u * (u - 1) * (u - 3) / -2, u * (u - 1) * (u - 2) / 6], 1
-                )
+                basis_TP = shapes.wander_basis(s_T)
                 normal_BPP = torch.einsum("bt,tp,tq->bpq", weight_BT, basis_TP, basis_TP) + 1e-3 * torch.eye(3)
                 right_BP2 = torch.einsum("bt,tp,btd->bpd", weight_BT, basis_TP, offset_BT2)
                 found["path_B32"] = torch.linalg.solve(normal_BPP, right_BP2)

@@ -24,7 +24,7 @@ from safetensors.torch import load_model, save_model
 from torch import Tensor, nn
 from torch.utils.tensorboard import SummaryWriter
 
-from distill.config import FitConfig
+from distill.config import Config, ConfigError, FitConfig
 
 
 class Interrupted(Exception):
@@ -80,6 +80,26 @@ class Run:
                 signal.signal(number, handler)
             self._board.close()
             self._events.close()
+
+
+def remember(folder: Path, config: Config) -> None:
+    """Write a run's configuration into its folder, or check that it is the one that the run was begun with.
+
+    Raises:
+        ConfigError: it is another one.
+    """
+    path = folder / "config.json"
+    if path.exists():
+        before = type(config).model_validate_json(path.read_text())
+        if before != config:
+            changed = [n for n, v in config.model_dump().items() if v != before.model_dump()[n]]
+            raise ConfigError(
+                f"{folder} was begun with other settings (they differ in: {', '.join(changed)}); "
+                "give the same ones to go on, or another folder to begin anew"
+            )
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(config.model_dump(mode="json"), indent=2) + "\n")
 
 
 def training_device() -> torch.device:

@@ -71,15 +71,16 @@ def measure(video_BCTHW: Tensor, truth: Clips, reconstruct: Callable[[Tensor], T
     fit = fitting.fit(video_BCTHW, truth.scene)
     fitted_BCTHW = shapes.render(fit.scene)
     dynamic_degree_B = _dynamic_degree(fit, truth)
-    bound_B = losses.psnr_db(reconstruct(fitted_BCTHW), fitted_BCTHW).mean(1)
+    bound_B = losses.clip_psnr_db(reconstruct(fitted_BCTHW), fitted_BCTHW)
     closed_B = torch.tensor([caption.closed for caption in truth.captions])
     only_closed_B = torch.where(closed_B, 1.0, math.nan)
-    lab_BCTHW, fitted_lab_BCTHW = lab(video_BCTHW), lab(fitted_BCTHW)
+    labs = lab(video_BCTHW), lab(fitted_BCTHW)
+    covers = fitting.coverage(fit.scene, fit.tracked), second_coverage(fit.scene, fit.tracked)
     values = {
         "prompt_following": prompt_following(video_BCTHW, truth.captions, fit),
         "motion_amount": (1 - (1 - dynamic_degree_B).abs()).clamp(min=0),
-        "subject_consistency": _subject_consistency(video_BCTHW, lab_BCTHW, fitted_lab_BCTHW, fit),
-        "background_consistency": _background_consistency(lab_BCTHW, fitted_lab_BCTHW, fit),
+        "subject_consistency": _subject_consistency(video_BCTHW, *labs, *covers, fit),
+        "background_consistency": _background_consistency(*labs, *covers),
         "motion_smoothness": _motion_smoothness(fit),
         "imaging_quality": _imaging_quality(video_BCTHW, fitted_BCTHW),
         "validity": (fit.explained_psnr_db_B >= bound_B - VALID_WITHIN_DB).float(),
@@ -133,10 +134,7 @@ def _motion_agrees(caption: Caption, fit: Fit, i: int) -> bool:
 
 def second_seen(video_BCTHW: Tensor, scene: Scene) -> Tensor:
     """Whether the fitted second shape is really there: with it the pixels that it covers are explained far better."""
-    with_BTHW, without_BTHW = (
-        (shapes.render(s) - video_BCTHW).square().mean(1)
-        for s in (scene, replace(scene, second_shape_B=torch.full_like(scene.second_shape_B, -1)))
-    )
+    with_BTHW, without_BTHW = ((shapes.render(s) - video_BCTHW).square().mean(1) for s in (scene, scene.alone))
     covered_BTHW = second_coverage(scene, shapes.track(scene)) > 0.5
     unexplained_B = (with_BTHW * covered_BTHW).sum(dim=(1, 2, 3)) / (
         (without_BTHW * covered_BTHW).sum(dim=(1, 2, 3)).clamp(min=1e-6)
@@ -246,14 +244,16 @@ def lab(video_BCTHW: Tensor) -> Tensor:
     return torch.stack([116 * y - 16, 500 * (x - y), 200 * (y - z)], 1)
 
 
-def _subject_consistency(video_BCTHW: Tensor, lab_BCTHW: Tensor, fitted_lab_BCTHW: Tensor, fit: Fit) -> Tensor:
+def _subject_consistency(
+    video_BCTHW: Tensor, lab_BCTHW: Tensor, fitted_lab_BCTHW: Tensor, covered_BTHW: Tensor, second_BTHW: Tensor,
+    fit: Fit,
+) -> Tensor:  # fmt: skip
     """Colour times outline of the shape, mean over the frames in which it should be seen.
 
     Colour: 1 up to a CIE distance of 3, 0 from 43 on. Outline: intersection over union with the fitted shape, 1 from
     .9 on (a tenth of a pixel, which is what tracking leaves open, costs a star that much).
     """
-    covered_BTHW = fitting.coverage(fit.scene, fit.tracked)
-    clear_BTHW = 1 - second_coverage(fit.scene, fit.tracked)
+    clear_BTHW = 1 - second_BTHW
     expected_BTHW = covered_BTHW * clear_BTHW
     area_BT = expected_BTHW.sum(dim=(2, 3))
     inside_BTHW = (expected_BTHW > 0.9).float()
@@ -282,10 +282,11 @@ def _mean_lab(lab_BCTHW: Tensor, weight_BTHW: Tensor) -> Tensor:
     return (lab_BCTHW * weight_BTHW[:, None]).sum(dim=(3, 4)) / total_BT[:, None]
 
 
-def _background_consistency(lab_BCTHW: Tensor, fitted_lab_BCTHW: Tensor, fit: Fit) -> Tensor:
+def _background_consistency(
+    lab_BCTHW: Tensor, fitted_lab_BCTHW: Tensor, covered_BTHW: Tensor, second_BTHW: Tensor
+) -> Tensor:
     """Nearness of the free background to that of the fitted clip: 1 up to a CIE distance of 4, 0 from 29 on."""
-    shapes_BTHW = fitting.coverage(fit.scene, fit.tracked) + second_coverage(fit.scene, fit.tracked)
-    free_BTHW = (shapes_BTHW < 0.05).float()
+    free_BTHW = (covered_BTHW + second_BTHW < 0.05).float()
     distance_BTHW = (lab_BCTHW - fitted_lab_BCTHW).norm(dim=1)
     mean_BT = (distance_BTHW * free_BTHW).sum(dim=(2, 3)) / free_BTHW.sum(dim=(2, 3)).clamp(min=1)
     return _fading(mean_BT[:, 1:], 4, 25).mean(1)

@@ -5,7 +5,7 @@ For the same noise it gives what the stock pipeline gives (tests/distill/test_te
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -34,7 +34,6 @@ def sample(
     call: dict[str, Any],
     noise_BCTHW: Tensor,
     precision: torch.dtype = torch.float32,
-    velocity: Callable[..., Tensor] = wan.predict_velocity,
 ) -> Tensor:
     """Videos ``[B, C, T, H, W]`` in [-1, 1]: deterministic Euler steps, with classifier-free guidance if ``call`` asks.
 
@@ -45,7 +44,6 @@ def sample(
         call: a model card's ``call``: num_inference_steps, guidance_scale, num_frames, max_sequence_length.
         noise_BCTHW: see ``draw_noise``.
         precision: of the transformer's matrix products; bfloat16 is three times as fast on a CPU that has it.
-        velocity: `wan.predict_velocity`, or a compiled one.
     """
     device, batch, scale = pipe.transformer.device, len(prompts), call["guidance_scale"]
     pipe.scheduler.set_timesteps(call["num_inference_steps"])
@@ -59,7 +57,7 @@ def sample(
         both = torch.cat([x_BCTHW] * 2) if guided else x_BCTHW
         sigma_B = torch.full((len(both),), sigma, device=device)
         with torch.autocast(device.type, torch.bfloat16, enabled=precision == torch.bfloat16):
-            predicted = velocity(pipe.transformer, both, sigma_B, firsts, text_BLD).float()
+            predicted = wan.predict_velocity(pipe.transformer, both, sigma_B, firsts, text_BLD).float()
         if guided:
             with_text, without = predicted.chunk(2)
             predicted = without + scale * (with_text - without)

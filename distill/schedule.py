@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -18,3 +20,9 @@ def sample_sigmas(count: int, factor: float, generator: torch.Generator) -> Tens
     """
     position_B = torch.randperm(count, generator=generator) + torch.rand(count, generator=generator)
     return shift(position_B / count, factor)
+
+
+def visited(scheduler: Any, num_inference_steps: int) -> tuple[float, ...]:
+    """Noise levels that a stock scheduler visits in so many steps, the final 0 left out; sets it to them."""
+    scheduler.set_timesteps(num_inference_steps)
+    return tuple(round(sigma, 6) for sigma in scheduler.sigmas[:-1].tolist())

@@ -14,7 +14,6 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
 
-from diffusers import FlowMatchEulerDiscreteScheduler
 from pydantic import BaseModel, ConfigDict, ValidationError
 from safetensors import safe_open
 
@@ -82,16 +81,6 @@ def write_card(folder: Path, card: Card) -> Card:
     aside.write_text(json.dumps(card.model_dump(mode="json"), indent=2) + "\n")
     os.replace(aside, path)
     return card
-
-
-def restate(folder: Path, num_inference_steps: int, guidance_scale: float) -> Card:
-    """Change how a folder says that it is to be called; its noise levels follow from its own scheduler."""
-    card = read_card(folder)
-    scheduler = FlowMatchEulerDiscreteScheduler.from_pretrained(folder / "scheduler")
-    scheduler.set_timesteps(num_inference_steps)
-    call = {**card.call, "num_inference_steps": num_inference_steps, "guidance_scale": guidance_scale}
-    sigmas = tuple(round(s, 6) for s in scheduler.sigmas[:-1].tolist())
-    return write_card(folder, card.model_copy(update={"call": call, "sigmas": sigmas}))
 
 
 def read_card(folder: Path) -> Card:

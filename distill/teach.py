@@ -11,7 +11,6 @@ when its result is already in the folder:
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import time
@@ -27,9 +26,9 @@ from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
 
 from distill import autoencoder, losses, report, sampler, schedule, student
 from distill.backbones import wan
-from distill.config import ConfigError, TeachConfig, TransformerConfig
+from distill.config import TeachConfig, TransformerConfig
 from distill.data import shapes
-from distill.loop import Run, compiled, fit, training_device
+from distill.loop import Run, compiled, fit, remember, training_device
 from distill.prompt import Prompt
 
 EXAMPLES = (
@@ -48,7 +47,7 @@ def teach(folder: Path, config: TeachConfig) -> Path:
         ConfigError: the run folder was begun with another configuration.
         Interrupted: a signal came; the same command goes on.
     """
-    _write_config(folder, config)
+    remember(folder, config)
     run = Run(folder, config.seed)
     out = folder / "teacher"
     with run.handling_signals():
@@ -62,27 +61,7 @@ def teach(folder: Path, config: TeachConfig) -> Path:
     return out
 
 
-def _write_config(folder: Path, config: TeachConfig) -> None:
-    path = folder / "config.json"
-    if path.exists():
-        before = TeachConfig.model_validate_json(path.read_text())
-        if before != config:
-            changed = [n for n, v in config.model_dump().items() if v != before.model_dump()[n]]
-            raise ConfigError(
-                f"{folder} was begun with other settings (they differ in: {', '.join(changed)}); "
-                "give the same ones to go on, or another folder to begin anew"
-            )
-        return
-    folder.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(config.model_dump(mode="json"), indent=2) + "\n")
-
-
-def dev_clips(seed: int, count: int) -> shapes.Clips:
-    """The first ``count`` clips of the dev split."""
-    return shapes.clips(seed, shapes.SPLITS["dev"][:count])
-
-
-# --- latents -----------------------------------------------------------------------------------------------------
+# --- latents --------------------------------------------------------------------------------------------------------
 
 
 @torch.no_grad()
@@ -174,7 +153,7 @@ def teach_transformer(
     torch.manual_seed(run.seed + 1)
     settings, device = config.transformer, training_device()
     networks = Networks(settings, config.vae.z_dim, len(tokenizer)).to(device)
-    held_out = dev_clips(run.seed, 12)
+    held_out = shapes.clips(run.seed, shapes.SPLITS["dev"][:12])
     ids_NL, mask_NL = wan.tokenize(tokenizer, [*captions, ""], settings.max_sequence_length)
 
     def objective(x0_BCTHW: Tensor, noise_BCTHW: Tensor, sigma_B: Tensor, ids_BL: Tensor, mask_BL: Tensor) -> Tensor:
@@ -255,7 +234,6 @@ def save(
     counts = {name: sum(p.numel() for p in part.parameters()) for name, part in parts.items()}
     pipeline.to("cpu", torch.float16)
     pipeline.save_pretrained(aside)
-    scheduler.set_timesteps(config.call.num_inference_steps)
     card = student.Card(
         kind="teacher",
         name=config.name,
@@ -264,7 +242,7 @@ def save(
         task="ti2v",
         parameters=counts,
         call=make_call(config),
-        sigmas=tuple(round(s, 6) for s in scheduler.sigmas[:-1].tolist()),
+        sigmas=schedule.visited(scheduler, config.call.num_inference_steps),
         prompt=shapes_prompt(),
         video=student.Video(width=shapes.SIZE, height=shapes.SIZE, num_frames=shapes.NUM_FRAMES, fps=shapes.FPS),
         stages=tuple(_stages(config)),

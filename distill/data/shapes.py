@@ -152,6 +152,11 @@ class Scene:
     def __getitem__(self, index: slice | Tensor) -> Scene:
         return Scene(**{f.name: getattr(self, f.name)[index] for f in fields(self)})
 
+    @property
+    def alone(self) -> Scene:
+        """The same scenes without a second shape."""
+        return replace(self, second_shape_B=torch.full_like(self.second_shape_B, -1))
+
     def to(self, device: torch.device | str) -> Scene:
         """The same scenes on another device."""
         return Scene(**{f.name: getattr(self, f.name).to(device) for f in fields(self)})
@@ -420,10 +425,7 @@ def track(scene: Scene, t_BT: Tensor | None = None) -> Track:
         t_BT = torch.linspace(0, 1, NUM_FRAMES, device=scene.radius_B.device).expand(len(scene), -1)
     onset_B1 = scene.onset_B[:, None]
     s_BT = ((t_BT - onset_B1) / (1 - onset_B1)).clamp(min=0)  # how far the motion has come
-    # Cubic through the start and three way-points at s = 1/3, 2/3, 1 (Lagrange): smooth, and it meets each point.
-    u = 3 * s_BT
-    basis_BT3 = torch.stack([u * (u - 2) * (u - 3) / 2, u * (u - 1) * (u - 3) / -2, u * (u - 1) * (u - 2) / 6], -1)
-    wander_BT2 = torch.einsum("btp,bpd->btd", basis_BT3, scene.path_B32)
+    wander_BT2 = torch.einsum("btp,bpd->btd", wander_basis(s_BT), scene.path_B32)
     rise_BT = scene.bounce_B[:, None] * torch.sin(math.pi * scene.bounce_rate_B[:, None] * s_BT).abs()
     straight_BT2 = scene.position_B2[:, None] + scene.travel_B2[:, None] * s_BT[..., None]
     zoom_B1 = scene.zoom_B[:, None]
@@ -435,6 +437,15 @@ def track(scene: Scene, t_BT: Tensor | None = None) -> Track:
         zoom_BT=torch.where(zoom_B1 < 0, 1 / (1 - zoom_B1 * t_BT), 1 + zoom_B1 * t_BT),
         second_centre_BT2=scene.second_position_B2[:, None] + scene.second_travel_B2[:, None] * t_BT[..., None],
     )
+
+
+def wander_basis(s: Tensor) -> Tensor:
+    """``[..., 3]``: weights of the three way-points when the motion has come as far as ``s`` in [0, 1].
+
+    A cubic through the start and the points at s = 1/3, 2/3, 1 (Lagrange): smooth, and it meets each point.
+    """
+    u = 3 * s
+    return torch.stack([u * (u - 2) * (u - 3) / 2, u * (u - 1) * (u - 3) / -2, u * (u - 1) * (u - 2) / 6], -1)
 
 
 def draw(scene: Scene, moved: Track, size: int = SIZE) -> Tensor:
