@@ -107,9 +107,14 @@ def training_device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
+def can_compile() -> bool:
+    """Whether `torch.compile` works here: on a CPU it needs a C++ compiler."""
+    return training_device().type != "cpu" or bool(shutil.which("g++") or shutil.which("c++"))
+
+
 def compiled(run: Run, function: Callable[..., Any]) -> Callable[..., Any]:
-    """``function`` through `torch.compile`, or as it is on a CPU without a C++ compiler, which that needs."""
-    if training_device().type == "cpu" and not (shutil.which("g++") or shutil.which("c++")):
+    """``function`` through `torch.compile`, or as it is where that does not work."""
+    if not can_compile():
         run.say("no C++ compiler (g++) found: training goes on uncompiled, at about half the speed")
         return function
     return torch.compile(function, dynamic=False)
