@@ -15,6 +15,7 @@ import time
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import wraps
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -22,6 +23,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_model, save_model
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.tensorboard import SummaryWriter
 
 from distill.config import Config, ConfigError, FitConfig
@@ -117,7 +119,18 @@ def compiled(run: Run, function: Callable[..., Any]) -> Callable[..., Any]:
     if not can_compile():
         run.say("no C++ compiler (g++) found: training goes on uncompiled, at about half the speed")
         return function
-    return torch.compile(function, dynamic=False)
+    fast = torch.compile(function, dynamic=False)
+    if training_device().type != "cpu":
+        return fast
+
+    @wraps(function)
+    def on_cpu(*arguments: Any) -> Any:
+        # Of short sequences the fused kernel's backward pass takes ten times as long as plain matrix products do.
+        torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(True)  # despite its name for CPUs too
+        with sdpa_kernel(SDPBackend.MATH):
+            return fast(*arguments)
+
+    return on_cpu
 
 
 def fit(

@@ -64,8 +64,8 @@ def teach_shapes() -> TeachConfig:
             num_clips=12000,
             compile=True,
             fit=FitConfig(
-                steps=6000, batch=32, learning_rate=6e-4, warmup_steps=100, betas=(0.9, 0.95), weight_decay=0.01,
-                clip_norm=1.0, ema_decay=0.998, log_every=25, checkpoint_every=200, sample_every=1500,
+                steps=8000, batch=32, learning_rate=6e-4, warmup_steps=100, betas=(0.9, 0.95), weight_decay=0.01,
+                clip_norm=1.0, ema_decay=0.998, log_every=25, checkpoint_every=200, sample_every=2000,
             ),
         ),
         call=CallConfig(num_inference_steps=50, guidance_scale=2.0),
