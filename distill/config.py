@@ -33,6 +33,7 @@ class FitConfig(Config):
 
     steps: int = Field(gt=0)
     batch: int = Field(gt=0, description="clips an update")
+    optimiser: Literal["adamw", "muon"] = Field(description="muon: for the matrices within blocks, AdamW for the rest")
     learning_rate: float = Field(gt=0, description="peak; linear warm-up, then a cosine down to 5 % of it")
     warmup_steps: int = Field(ge=0)
     betas: tuple[float, float]

@@ -162,39 +162,36 @@ def fit(
         load_model(model, finished)
         return
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    optimiser = torch.optim.AdamW(
-        parameters.values(),
-        lr=config.learning_rate,
-        betas=config.betas,
-        weight_decay=config.weight_decay,
-        fused=True,
-    )
+    optimisers = _optimisers(model, config)
     average = {name: p.detach().clone() for name, p in parameters.items()}
     start = 0
     if checkpoint.exists():
         state = torch.load(checkpoint, weights_only=True, map_location=training_device())
         model.load_state_dict(state["model"])
-        optimiser.load_state_dict(state["optimiser"])
+        for optimiser, stored in zip(optimisers, state["optimisers"], strict=True):
+            optimiser.load_state_dict(stored)
         average, start = state["average"], state["step"]
         run.say(f"{stage}: resumed at step {start}")
 
     def save(step: int) -> None:
-        state = {"model": model.state_dict(), "optimiser": optimiser.state_dict(), "average": average, "step": step}
+        stored = [optimiser.state_dict() for optimiser in optimisers]
+        state = {"model": model.state_dict(), "optimisers": stored, "average": average, "step": step}
         aside = checkpoint.with_suffix(".tmp")
         torch.save(state, aside)
         os.replace(aside, checkpoint)
 
     logged_at, logged_step, totals = time.monotonic(), start, dict[str, float]()
     for step in range(start, config.steps):
-        for group in optimiser.param_groups:
+        for group in (group for optimiser in optimisers for group in optimiser.param_groups):
             group["lr"] = config.learning_rate * rate(step, config)
         value, values = loss(step, run.generator(stage, step))
         value.backward()
         norm = nn.utils.clip_grad_norm_(list(parameters.values()), config.clip_norm)
         if not torch.isfinite(norm):
             raise FloatingPointError(f"{stage}: the gradient is not finite at step {step}; lower the learning rate")
-        optimiser.step()
-        optimiser.zero_grad(set_to_none=True)
+        for optimiser in optimisers:
+            optimiser.step()
+            optimiser.zero_grad(set_to_none=True)
         # A short memory at first: the average should not remember the random start.
         decay = min(config.ema_decay, (1 + step) / (10 + step))
         with torch.no_grad():
@@ -227,6 +224,38 @@ def fit(
     save_model(model, str(aside))
     os.replace(aside, finished)
     checkpoint.unlink(missing_ok=True)
+
+
+def _optimisers(model: nn.Module, config: FitConfig) -> list[torch.optim.Optimizer]:
+    """AdamW for all, or Muon (Jordan et al. 2024) for the matrices within blocks and AdamW for the rest.
+
+    Muon's updates are scaled to the size of AdamW's (Liu et al. 2025), so one learning rate serves both.
+    """
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    matrices = dict[str, nn.Parameter]()
+    if config.optimiser == "muon":
+        in_blocks = {
+            id(layer.weight)
+            for module in model.modules()
+            if isinstance(module, nn.ModuleList)
+            for layer in module.modules()
+            if isinstance(layer, nn.Linear)
+        }
+        matrices = {name: p for name, p in trained.items() if id(p) in in_blocks}
+    rest = [p for name, p in trained.items() if name not in matrices]
+    adamw = torch.optim.AdamW(
+        rest, lr=config.learning_rate, betas=config.betas, weight_decay=config.weight_decay, fused=True
+    )
+    if not matrices:
+        return [adamw]
+    muon = torch.optim.Muon(
+        matrices.values(),
+        lr=config.learning_rate,
+        momentum=config.betas[1],
+        weight_decay=config.weight_decay,
+        adjust_lr_fn="match_rms_adamw",
+    )
+    return [adamw, muon]
 
 
 def rate(step: int, config: FitConfig) -> float:

@@ -20,6 +20,7 @@ def teach_shapes() -> TeachConfig:
     frames = VaePhase(
         steps=6000,
         batch=16,
+        optimiser="adamw",
         learning_rate=5e-4,
         warmup_steps=50,
         betas=(0.9, 0.95),
@@ -64,8 +65,9 @@ def teach_shapes() -> TeachConfig:
             num_clips=12000,
             compile=True,
             fit=FitConfig(
-                steps=8000, batch=32, learning_rate=6e-4, warmup_steps=100, betas=(0.9, 0.95), weight_decay=0.01,
-                clip_norm=1.0, ema_decay=0.998, log_every=25, checkpoint_every=200, sample_every=2000,
+                steps=17000, batch=32, optimiser="muon", learning_rate=8e-4, warmup_steps=100, betas=(0.9, 0.95),
+                weight_decay=0.01, clip_norm=1.0, ema_decay=0.998, log_every=25, checkpoint_every=200,
+                sample_every=2000,
             ),
         ),
         call=CallConfig(num_inference_steps=50, guidance_scale=2.0),
@@ -77,8 +79,8 @@ def features_shapes() -> FeaturesConfig:
     return FeaturesConfig(
         seed=0,
         fit=FitConfig(
-            steps=4000, batch=16, learning_rate=2e-3, warmup_steps=50, betas=(0.9, 0.99), weight_decay=0.01,
-            clip_norm=1.0, ema_decay=0.99, log_every=50, checkpoint_every=500, sample_every=500,
+            steps=4000, batch=16, optimiser="adamw", learning_rate=2e-3, warmup_steps=50, betas=(0.9, 0.99),
+            weight_decay=0.01, clip_norm=1.0, ema_decay=0.99, log_every=50, checkpoint_every=500, sample_every=500,
         ),
     )  # fmt: skip
 

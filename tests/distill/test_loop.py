@@ -13,6 +13,7 @@ from distill.loop import Interrupted, Run, compiled, fit
 CONFIG = FitConfig(
     steps=12,
     batch=4,
+    optimiser="adamw",
     learning_rate=1e-2,
     warmup_steps=3,
     betas=(0.9, 0.95),
@@ -25,10 +26,21 @@ CONFIG = FitConfig(
 )
 
 
-def train(folder, stop_after: int | None = None) -> dict[str, torch.Tensor]:
+class Net(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Linear(3, 8)
+        self.blocks = nn.ModuleList([nn.Linear(8, 8)])
+        self.head = nn.Linear(8, 1)
+
+    def forward(self, x):
+        return self.head(self.blocks[0](self.embed(x).tanh()).tanh())
+
+
+def train(folder, stop_after: int | None = None, config: FitConfig = CONFIG) -> dict[str, torch.Tensor]:
     """A small regression whose batches come from the step's own generator."""
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(3, 8), nn.Tanh(), nn.Linear(8, 1))
+    model = Net()
 
     def loss(step, generator):
         x = torch.randn(CONFIG.batch, 3, generator=generator)
@@ -38,19 +50,36 @@ def train(folder, stop_after: int | None = None) -> dict[str, torch.Tensor]:
 
     run = Run(folder, seed=3)
     with run.handling_signals():
-        fit(run, "stage", model, loss, CONFIG, lambda _path: {"quality": 1.0})
+        fit(run, "stage", model, loss, config, lambda _path: {"quality": 1.0})
     return {name: value.clone() for name, value in model.state_dict().items()}
 
 
+@pytest.mark.parametrize("optimiser", ["adamw", "muon"])
 @pytest.mark.parametrize("stop_after", [1, 5, 7])
-def test_interrupted_and_resumed_equals_uninterrupted_bit_for_bit(tmp_path, stop_after):
-    whole = train(tmp_path / "whole")
+def test_interrupted_and_resumed_equals_uninterrupted_bit_for_bit(tmp_path, stop_after, optimiser):
+    config = CONFIG.model_copy(update={"optimiser": optimiser})
+    whole = train(tmp_path / "whole", config=config)
     with pytest.raises(Interrupted):
-        train(tmp_path / "broken", stop_after)
-    resumed = train(tmp_path / "broken")
+        train(tmp_path / "broken", stop_after, config)
+    resumed = train(tmp_path / "broken", config=config)
     assert whole.keys() == resumed.keys()
     for name in whole:
         assert torch.equal(whole[name], resumed[name])
+
+
+def test_muon_moves_the_matrices_of_blocks_and_adamw_the_rest(tmp_path):
+    """Each alone moves a weight by about the learning rate a step; only Muon's update of a matrix is orthogonal."""
+    one = CONFIG.model_copy(update={"steps": 1, "warmup_steps": 0, "ema_decay": 0.0, "weight_decay": 0.0})
+    adamw = train(tmp_path / "adamw", config=one)
+    muon = train(tmp_path / "muon", config=one.model_copy(update={"optimiser": "muon"}))
+    torch.manual_seed(0)
+    before = Net().state_dict()
+    different = {name for name in before if not torch.equal(adamw[name], muon[name])}
+    assert different == {"blocks.0.weight"}
+    values = torch.linalg.svdvals(muon["blocks.0.weight"] - before["blocks.0.weight"])
+    assert values[3] > 0.3 * values[0]  # a batch of 4 makes a gradient of rank 4
+    assert values[4] < 0.3 * values[0]
+    assert not torch.equal(muon["head.weight"], before["head.weight"])
 
 
 def test_a_finished_stage_is_loaded_and_not_trained_again(tmp_path):
