@@ -65,7 +65,7 @@ def teach_shapes() -> TeachConfig:
             num_clips=12000,
             compile=True,
             fit=FitConfig(
-                steps=17000, batch=32, optimiser="muon", learning_rate=8e-4, warmup_steps=100, betas=(0.9, 0.95),
+                steps=13000, batch=32, optimiser="muon", learning_rate=8e-4, warmup_steps=100, betas=(0.9, 0.95),
                 weight_decay=0.01, clip_norm=1.0, ema_decay=0.998, log_every=25, checkpoint_every=200,
                 sample_every=2000,
             ),
