@@ -123,10 +123,11 @@ def compiled(run: Run, function: Callable[..., Any]) -> Callable[..., Any]:
     if training_device().type != "cpu":
         return fast
 
+    torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(True)  # despite its name for CPUs too
+
     @wraps(function)
     def on_cpu(*arguments: Any) -> Any:
         # Of short sequences the fused kernel's backward pass takes ten times as long as plain matrix products do.
-        torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(True)  # despite its name for CPUs too
         with sdpa_kernel(SDPBackend.MATH):
             return fast(*arguments)
 
@@ -162,7 +163,7 @@ def fit(
         load_model(model, finished)
         return
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    optimisers = _optimisers(model, config)
+    optimisers = _optimisers(model, list(parameters.values()), config)
     average = {name: p.detach().clone() for name, p in parameters.items()}
     start = 0
     if checkpoint.exists():
@@ -226,30 +227,29 @@ def fit(
     checkpoint.unlink(missing_ok=True)
 
 
-def _optimisers(model: nn.Module, config: FitConfig) -> list[torch.optim.Optimizer]:
-    """AdamW for all, or Muon (Jordan et al. 2024) for the matrices within blocks and AdamW for the rest.
+def _optimisers(model: nn.Module, parameters: list[nn.Parameter], config: FitConfig) -> list[torch.optim.Optimizer]:
+    """AdamW for all ``parameters`` of the model, or Muon (Jordan et al. 2024) for the matrices within its blocks.
 
-    Muon's updates are scaled to the size of AdamW's (Liu et al. 2025), so one learning rate serves both.
+    The rest is AdamW's then. Muon's updates are scaled to the size of AdamW's (Liu et al. 2025), so that one learning
+    rate serves both.
     """
-    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    matrices = dict[str, nn.Parameter]()
+    matrices = set[nn.Parameter]()
     if config.optimiser == "muon":
-        in_blocks = {
-            id(layer.weight)
+        matrices = {
+            layer.weight
             for module in model.modules()
             if isinstance(module, nn.ModuleList)
             for layer in module.modules()
             if isinstance(layer, nn.Linear)
         }
-        matrices = {name: p for name, p in trained.items() if id(p) in in_blocks}
-    rest = [p for name, p in trained.items() if name not in matrices]
+    rest = [p for p in parameters if p not in matrices]
     adamw = torch.optim.AdamW(
         rest, lr=config.learning_rate, betas=config.betas, weight_decay=config.weight_decay, fused=True
     )
     if not matrices:
         return [adamw]
     muon = torch.optim.Muon(
-        matrices.values(),
+        [p for p in parameters if p in matrices],
         lr=config.learning_rate,
         momentum=config.betas[1],
         weight_decay=config.weight_decay,

@@ -19,11 +19,14 @@ def reconstruction(video_BCTHW: Tensor, target_BCTHW: Tensor, l1_weight: float, 
 
 def psnr_db(video_BCTHW: Tensor, target_BCTHW: Tensor) -> Tensor:
     """``[B, T]``: peak signal to noise ratio of every frame, videos in [-1, 1]."""
-    mse_BT = (video_BCTHW.clamp(-1, 1) - target_BCTHW).square().mean(dim=(1, 3, 4))
-    return 10 * (4 / mse_BT.clamp(min=1e-10)).log10()
+    return _psnr_db(video_BCTHW, target_BCTHW, (1, 3, 4))
 
 
 def clip_psnr_db(video_BCTHW: Tensor, target_BCTHW: Tensor) -> Tensor:
     """``[B]``: peak signal to noise ratio of the whole clip (not the mean of its frames'), videos in [-1, 1]."""
-    mse_B = (video_BCTHW.clamp(-1, 1) - target_BCTHW).square().mean(dim=(1, 2, 3, 4))
-    return 10 * (4 / mse_B.clamp(min=1e-10)).log10()
+    return _psnr_db(video_BCTHW, target_BCTHW, (1, 2, 3, 4))
+
+
+def _psnr_db(video_BCTHW: Tensor, target_BCTHW: Tensor, over: tuple[int, ...]) -> Tensor:
+    mse = (video_BCTHW.clamp(-1, 1) - target_BCTHW).square().mean(dim=over)
+    return 10 * (4 / mse.clamp(min=1e-10)).log10()

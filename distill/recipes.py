@@ -16,7 +16,7 @@ from distill.config import (
 
 
 def teach_shapes() -> TeachConfig:
-    """A teacher of the procedural world `shapes`: three and a half hours on two cores."""
+    """A teacher of the procedural world `shapes`: about four and a half hours on two cores."""
     frames = VaePhase(
         steps=6000,
         batch=16,

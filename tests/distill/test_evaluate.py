@@ -4,19 +4,12 @@ import numpy as np
 import pytest
 import torch
 
-from distill import evaluate, metrics
-from distill.config import ConfigError, EvaluateConfig
+from distill import evaluate, metrics, recipes
+from distill.config import ConfigError
 from distill.data import shapes
 
-CONFIG = EvaluateConfig(
-    split="dev",
-    clips=80,
-    seeds=1,
-    num_inference_steps=(),
-    guidance_scale=(),
-    diversity_pairs=3,
-    diversity_samples=4,
-    precision="float32",
+CONFIG = recipes.evaluate_shapes().model_copy(
+    update={"split": "dev", "clips": 80, "seeds": 1, "diversity_pairs": 3, "diversity_samples": 4}
 )
 
 

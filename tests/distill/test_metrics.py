@@ -78,7 +78,7 @@ def test_a_frozen_clip_has_no_motion(moving):
 def test_twice_as_fast_is_too_much_motion(moving):
     faster = redrawn(moving, travel_B2=2 * moving.scene.travel_B2, pan_B=2 * moving.scene.pan_B)
     assert value("motion_amount", faster, moving) <= 0.3
-    assert value("dynamic_degree", faster, moving) == pytest.approx(2, abs=0.3)
+    assert value("dynamic_degree", faster, moving) == pytest.approx(2, abs=0.2)
 
 
 def test_a_shape_that_turns_into_another_is_not_consistent(moving):
