@@ -233,7 +233,7 @@ def _optimisers(model: nn.Module, parameters: list[nn.Parameter], config: FitCon
     The rest is AdamW's then. Muon's updates are scaled to the size of AdamW's (Liu et al. 2025), so that one learning
     rate serves both.
     """
-    matrices = set[nn.Parameter]()
+    matrices = set[Tensor]()
     if config.optimiser == "muon":
         matrices = {
             layer.weight

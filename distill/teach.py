@@ -52,7 +52,7 @@ def teach(folder: Path, config: TeachConfig) -> Path:
     out = folder / "teacher"
     with run.handling_signals():
         vae = autoencoder.teach(run, config.vae)
-        latents, captions = encode_clips(run, vae, config.transformer.num_clips)
+        latents, captions = encode_clips(run, vae, config.transformer.num_clips, config.vae.compile)
         tokenizer = make_tokenizer()
         networks = teach_transformer(run, vae, tokenizer, latents, captions, config)
         if not out.exists():
@@ -65,7 +65,7 @@ def teach(folder: Path, config: TeachConfig) -> Path:
 
 
 @torch.no_grad()
-def encode_clips(run: Run, vae: AutoencoderKLWan, count: int) -> tuple[Tensor, list[str]]:
+def encode_clips(run: Run, vae: AutoencoderKLWan, count: int, compile: bool) -> tuple[Tensor, list[str]]:
     """Normalised latents ``[count, C, T, H, W]`` (fp16) and captions of the first training clips.
 
     Sets ``latents_mean`` and ``latents_std`` of the autoencoder from these data.
@@ -74,12 +74,20 @@ def encode_clips(run: Run, vae: AutoencoderKLWan, count: int) -> tuple[Tensor, l
     captions = [str(c) for c in shapes.sample(run.seed, shapes.SPLITS["train"][:count])[0]]
     if not path.exists():
         started, chunk, rows = time.monotonic(), 16, []
+
+        @torch.no_grad()
+        def encode(video_BCTHW: Tensor) -> Tensor:
+            # Three times as fast as full precision, at an error of 1e-5 of the latents' variance.
+            with torch.autocast(video_BCTHW.device.type, torch.bfloat16):
+                return autoencoder.encode(vae, video_BCTHW)[0].float()
+
+        run_encode = compiled(run, encode) if compile else encode
         for first in range(0, count, chunk):
             run.check_stop()
             start = shapes.SPLITS["train"].start + first
             _, scene = shapes.sample(run.seed, range(start, start + min(chunk, count - first)))
-            rows.append(autoencoder.encode(vae, shapes.render(scene.to(vae.device)))[0].cpu())
-            if first // chunk % 25 == 0:
+            rows.append(run_encode(shapes.render(scene.to(vae.device))).cpu())
+            if first // chunk % 100 == 0:
                 rate = (first + chunk) / (time.monotonic() - started)
                 run.say(f"latents {first}/{count}  {rate:.1f} clips/s  {(count - first) / rate / 60:.1f} min left")
         raw = torch.cat(rows)
@@ -95,6 +103,9 @@ def encode_clips(run: Run, vae: AutoencoderKLWan, count: int) -> tuple[Tensor, l
 
 
 # --- the transformer and its text encoder ---------------------------------------------------------------------------
+
+HELD_OUT = 96
+"""Clips of the dev split that are looked at while it trains."""
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
@@ -153,7 +164,10 @@ def teach_transformer(
     torch.manual_seed(run.seed + 1)
     settings, device = config.transformer, training_device()
     networks = Networks(settings, config.vae.z_dim, len(tokenizer)).to(device)
-    held_out = shapes.clips(run.seed, shapes.SPLITS["dev"][:12])
+    held_out = shapes.clips(run.seed, shapes.SPLITS["dev"][:HELD_OUT])
+    with torch.no_grad():
+        held_x0 = wan.encode_video(vae, held_out.video_BCTHW.to(device))
+    held_tokens = wan.tokenize(tokenizer, [str(c) for c in held_out.captions], settings.max_sequence_length)
     ids_NL, mask_NL = wan.tokenize(tokenizer, [*captions, ""], settings.max_sequence_length)
 
     def objective(x0_BCTHW: Tensor, noise_BCTHW: Tensor, sigma_B: Tensor, ids_BL: Tensor, mask_BL: Tensor) -> Tensor:
@@ -179,16 +193,28 @@ def teach_transformer(
 
     def sample(path: Path) -> dict[str, float]:
         pipeline = make_pipeline(vae, tokenizer, networks, config)
-        prompts = [str(caption) for caption in held_out.captions]
+        shown = held_out.video_BCTHW[:12]
+        prompts = [str(caption) for caption in held_out.captions[:12]]
         networks.eval()
-        first_BCHW = held_out.video_BCTHW[:, :, 0].to(device)
+        first_BCHW = shown[:, :, 0].to(device)
         call = make_call(config)
         noise_BCTHW = sampler.draw_noise(pipeline, range(len(prompts)), call)
         made = sampler.sample(pipeline, first_BCHW, prompts, call, noise_BCTHW).cpu()
         networks.train()
-        report.contact_sheet(path, [held_out.video_BCTHW, made])
-        closed = torch.tensor([c.closed for c in held_out.captions])
-        return {"dev_closed_psnr_db": losses.psnr_db(made, held_out.video_BCTHW)[closed].mean().item()}
+        report.contact_sheet(path, [shown, made])
+        closed = torch.tensor([c.closed for c in held_out.captions[:12]])
+        return {
+            "dev_closed_psnr_db": losses.psnr_db(made, shown)[closed].mean().item(),
+            "dev_loss": dev_loss(),
+        }
+
+    @torch.no_grad()
+    def dev_loss() -> float:
+        """The loss on clips that are not trained on. Far above that of training it tells of too few clips."""
+        generator = run.generator("transformer/dev", 0)
+        sigma_B = schedule.sample_sigmas(len(held_x0), settings.shift, generator).to(device)
+        noise_BCTHW = torch.randn(held_x0.shape, generator=generator).to(device)
+        return objective(held_x0, noise_BCTHW, sigma_B, *(x.to(device) for x in held_tokens)).item()
 
     fit(run, "transformer", networks, loss, settings.fit, sample)
     return networks.eval().requires_grad_(False)
