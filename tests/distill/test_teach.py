@@ -85,7 +85,8 @@ def test_latents_are_normalised_from_data(run_folder, pipeline):
     assert stored["latents"].float().std(dim=(0, 2, 3, 4)).sub(1).abs().max() < 1e-2
     assert pipeline.vae.config.latents_mean == pytest.approx(stored["mean"].tolist())
     video = shapes.clips(0, [shapes.SPLITS["train"][2]]).video_BCTHW
-    assert torch.allclose(wan.encode_video(pipeline.vae, video)[0], stored["latents"][2].float(), atol=5e-2)
+    error = wan.encode_video(pipeline.vae, video)[0] - stored["latents"][2].float()
+    assert error.square().mean() < 1e-3  # of a variance of 1: matrix products in bfloat16
 
 
 @pytest.mark.parametrize("guidance_scale", [1.0, 3.0])
