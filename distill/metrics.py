@@ -205,7 +205,7 @@ def truth_futures(truth: Clips, count: int) -> list[Scene]:
     if truth.source is None:
         raise ValueError("these clips do not say which draws of the world they are: make them by shapes.clips")
     seed, indices = truth.source
-    return [shapes.sample(seed, indices, future=future)[1] for future in range(1, count + 1)]
+    return [shapes.sample(seed, indices, truth.captions, future)[1] for future in range(1, count + 1)]
 
 
 def _motion_smoothness(fit: Fit) -> Tensor:

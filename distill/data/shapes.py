@@ -211,15 +211,20 @@ def _mix(x: Tensor) -> Tensor:
 
 
 def sample(
-    seed: int, indices: Sequence[int], caption: Caption | None = None, future: int = 0
+    seed: int, indices: Sequence[int], caption: Caption | Sequence[Caption] | None = None, future: int = 0
 ) -> tuple[list[Caption], Scene]:
-    """Draw captions and scenes; with ``caption`` every clip has that one.
+    """Draw captions and scenes; with ``caption`` every clip has that one, with as many as clips each has its own.
 
     Half of the drawn captions are closed (everything said), half leave at least one part open (design.md section 4).
     Another ``future`` keeps caption and first frame and draws again all that the two leave open.
     """
     draws = _Draws(seed, indices)
-    captions = [caption] * len(indices) if caption else _captions(draws, len(indices))
+    if caption is None:
+        captions = _captions(draws, len(indices))
+    else:
+        captions = [caption] * len(indices) if isinstance(caption, Caption) else list(caption)
+    if len(captions) != len(indices):
+        raise ValueError(f"sample wants one caption, or one for each of {len(indices)} clips; got {len(captions)}")
     return captions, _scene(draws, _Draws(seed, indices, future), captions)
 
 

@@ -71,6 +71,12 @@ def test_another_caption_is_not_followed(moving):
     assert value("prompt_following", only_camera, moving) == pytest.approx(2 / 3, abs=0.05)
 
 
+def test_other_futures_keep_the_captions_that_the_clips_were_given(moving):
+    """These clips' captions were chosen, not drawn; closed, they leave one future only."""
+    for future in metrics.truth_futures(moving, 3):
+        assert torch.equal(future.travel_B2, moving.scene.travel_B2) and torch.equal(future.pan_B, moving.scene.pan_B)
+
+
 def test_a_frozen_clip_has_no_motion(moving):
     assert value("motion_amount", moving.video_BCTHW[:, :, :1].expand_as(moving.video_BCTHW), moving) <= 0.1
 
@@ -78,7 +84,7 @@ def test_a_frozen_clip_has_no_motion(moving):
 def test_twice_as_fast_is_too_much_motion(moving):
     faster = redrawn(moving, travel_B2=2 * moving.scene.travel_B2, pan_B=2 * moving.scene.pan_B)
     assert value("motion_amount", faster, moving) <= 0.3
-    assert value("dynamic_degree", faster, moving) == pytest.approx(2, abs=0.2)
+    assert value("dynamic_degree", faster, moving) == pytest.approx(2, abs=0.05)
 
 
 def test_a_shape_that_turns_into_another_is_not_consistent(moving):

@@ -138,6 +138,14 @@ def test_another_future_has_the_same_caption_and_first_frame():
     assert moved[torch.tensor([not caption.closed for caption in captions])].float().mean() > 0.9
 
 
+def test_each_clip_can_be_given_its_own_caption():
+    captions, scene = shapes.sample(0, range(8))
+    same, again = shapes.sample(0, range(8), captions)
+    assert same == captions and torch.equal(again.travel_B2, scene.travel_B2)
+    with pytest.raises(ValueError, match="one for each of 8 clips; got 3"):
+        shapes.sample(0, range(8), captions[:3])
+
+
 def test_some_frames_alone_are_what_they_are_in_the_clip():
     _, scene = shapes.sample(0, range(12))
     whole = shapes.render(scene)
