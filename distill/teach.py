@@ -56,7 +56,7 @@ def teach(folder: Path, config: TeachConfig) -> Path:
         tokenizer = make_tokenizer()
         networks = teach_transformer(run, vae, tokenizer, latents, captions, config)
         if not out.exists():
-            save(out, vae, tokenizer, networks, config)
+            save(out, vae, networks, config)
             run.event("teach", 0, done=out.name)
     return out
 
@@ -248,13 +248,12 @@ def make_call(config: TeachConfig) -> dict[str, Any]:
     }
 
 
-def save(
-    out: Path, vae: AutoencoderKLWan, tokenizer: PreTrainedTokenizerFast, networks: Networks, config: TeachConfig
-) -> student.Card:
+def save(out: Path, vae: AutoencoderKLWan, networks: Networks, config: TeachConfig) -> student.Card:
     """Write the pipeline folder with its card, fp16, aside and renamed."""
     aside = out.with_name(out.name + ".tmp")
     shutil.rmtree(aside, ignore_errors=True)
-    pipeline = make_pipeline(vae, tokenizer, networks, config)
+    # A new tokenizer: one that was used keeps the padding it was asked for, and would be saved with it.
+    pipeline = make_pipeline(vae, make_tokenizer(), networks, config)
     scheduler = pipeline.scheduler
     parts = {"transformer": networks.transformer, "text_encoder": networks.text_encoder, "vae": vae}
     counts = {name: sum(p.numel() for p in part.parameters()) for name, part in parts.items()}

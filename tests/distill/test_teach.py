@@ -13,7 +13,7 @@ import torch
 from diffusers import DiffusionPipeline
 from safetensors.torch import load_file, save_file
 
-from distill import evaluate, losses, sampler, student
+from distill import evaluate, losses, sampler, student, teach
 from distill.backbones import wan
 from distill.config import TeachConfig
 from distill.data import shapes
@@ -87,6 +87,12 @@ def test_latents_are_normalised_from_data(run_folder, pipeline):
     video = shapes.clips(0, [shapes.SPLITS["train"][2]]).video_BCTHW
     error = wan.encode_video(pipeline.vae, video)[0] - stored["latents"][2].float()
     assert error.square().mean() < 1e-3  # of a variance of 1: matrix products in bfloat16
+
+
+def test_the_tokenizer_is_saved_as_it_was_made(run_folder, tmp_path):
+    teach.make_tokenizer().save_pretrained(tmp_path)
+    saved = run_folder / "teacher" / "tokenizer" / "tokenizer.json"
+    assert json.loads(saved.read_text()) == json.loads((tmp_path / "tokenizer.json").read_text())
 
 
 @pytest.mark.parametrize("guidance_scale", [1.0, 3.0])
