@@ -1,6 +1,6 @@
 # syntax=docker/dockerfile:1
-# Two images: `--target service` has no torch, `--target worker` runs the model. The worker's torch comes from
-# TORCH_INDEX_URL, by default the CPU builds; with an empty one pip's usual torch comes, which brings CUDA.
+# Three images: `--target service` has no torch, `--target worker` runs the model, `--target trainer` makes new ones. Their
+# torch comes from TORCH_INDEX_URL, by default the CPU builds; with an empty one pip's usual torch comes, which brings CUDA.
 
 FROM python:3.11-slim-bookworm AS base
 ENV PATH=/opt/venv/bin:$PATH HOME=/tmp PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1 HOST=0.0.0.0 STORAGE_URL=/storage
@@ -29,6 +29,10 @@ COPY distill distill
 RUN --mount=type=cache,target=/root/.cache/pip \
     HOME=/root pip install --constraint constraints.txt --editable '.[worker]'
 
+FROM build-worker AS build-trainer
+RUN --mount=type=cache,target=/root/.cache/pip \
+    HOME=/root pip install --constraint constraints.txt --editable '.[worker,distill]'
+
 FROM base AS service
 COPY --from=build-service /opt/venv /opt/venv
 COPY --from=build-service /app /app
@@ -46,3 +50,12 @@ COPY --from=build-worker /app /app
 COPY --chown=app models models
 USER app
 CMD ["python", "-m", "worker"]
+
+FROM base AS trainer
+ENV HF_HUB_OFFLINE=1 RUNS=/runs
+RUN install --directory --owner app --group app /runs
+COPY --from=build-trainer /opt/venv /opt/venv
+COPY --from=build-trainer /app /app
+COPY --chown=app models models
+USER app
+CMD ["python", "-m", "worker.trainer"]

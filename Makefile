@@ -14,7 +14,7 @@ TORCH := $(shell grep '^torch==' constraints.txt)
 help: ## Show this
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' Makefile
 
-up: $(VENV)/.serving ## Start Redis, worker and service in the background; PORT=8123 make up changes the port
+up: $(VENV)/.serving ## Start Redis, worker, trainer and service in the background; PORT=8123 make up changes the port
 	@$(BIN)/python deploy/stack.py up
 
 down: ## Stop what `make up` started
@@ -55,7 +55,7 @@ $(VENV)/.serving: pyproject.toml constraints.txt | $(BIN)/python
 ifneq ($(TORCH_INDEX_URL),)
 	@$(PIP) install --no-deps --index-url "$(TORCH_INDEX_URL)" "$(TORCH)"
 endif
-	@$(PIP) install --constraint constraints.txt --editable '.[service,worker,local]'
+	@$(PIP) install --constraint constraints.txt --editable '.[service,worker,distill,local]'
 	@touch $@
 
 $(VENV)/.testing: $(VENV)/.serving

@@ -1,4 +1,4 @@
-"""`make up | down | dev | logs`: Redis, worker and service on one machine, under supervisord.
+"""`make up | down | dev | logs`: Redis, worker, trainer and service on one machine, under supervisord.
 
 No file says what is running: every process of a stack carries the stack's folder in its environment and is found by
 that. So nothing goes stale when something is killed, and two checkouts do not meet.
@@ -35,7 +35,7 @@ MARK = "STACK_VAR"
 """The environment variable that every process of a stack has: the stack's folder."""
 
 READY_S = 180
-STOP_S = 110
+STOP_S = 155
 """A little more than the programs' stopwaitsecs together."""
 CRASHES = 5
 """Deaths of one program before `up` stops waiting for it; exit status 2 (a wrong setting) is believed at once."""
@@ -229,6 +229,7 @@ def _prepare(stack: Stack) -> dict[str, str]:
         "PORT": str(stack.port),
         "REDIS_URL": url,
         "STORAGE_URL": stack.environment.get("STORAGE_URL") or str(stack.var / "storage"),
+        "RUNS": stack.environment.get("RUNS") or str(stack.var / "runs"),
         "PYTHONUNBUFFERED": "1",
     }
 

@@ -1,4 +1,4 @@
-"""`python -m distill`: teach a teacher, evaluate a model folder, draw the example pictures.
+"""`python -m distill`: teach a teacher, distil a student from one, evaluate a model folder.
 
 Exit codes: 0 done, 2 a user's error (one line says what), 75 interrupted and resumable by the same command.
 """
@@ -9,6 +9,7 @@ import argparse
 import json
 import os
 import sys
+from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
 
@@ -30,6 +31,26 @@ def main(arguments: list[str] | None = None) -> int:
     teach.add_argument("folder", type=Path, help="run folder; the teacher is FOLDER/teacher")
     teach.add_argument("--set", action="append", default=[], metavar="A.B=C", help="change one setting")
     teach.add_argument("--dry-run", action="store_true", help="print the resolved configuration and stop")
+    run = commands.add_parser("run", help="distil a student from a teacher; the same command resumes")
+    run.add_argument("recipe", help=f"one of: {', '.join(recipes.RECIPES)}")
+    run.add_argument("folder", type=Path, help="run folder; the student is FOLDER/student")
+    run.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="A.B=C",
+        help=f"change one setting; preset={'|'.join(recipes.PRESETS)}",
+    )
+    run.add_argument(
+        "--from", dest="begun", type=Path, metavar="RUN", help="take over stages that RUN did the same way"
+    )
+    run.add_argument("--dry-run", action="store_true", help="print the resolved configuration and stop")
+    publish = commands.add_parser("publish", help="copy a student to where it is served from, linked to its teacher")
+    publish.add_argument("folder", type=Path, help="for example RUN/student")
+    publish.add_argument("out", type=Path, help="for example models/shapes-4step")
+    publish.add_argument(
+        "--teacher", type=Path, required=True, help="its teacher's folder, for example models/shapes-teacher"
+    )
     evaluate = commands.add_parser("evaluate", help="measure a model folder on clips that it has never seen")
     evaluate.add_argument("folder", type=Path, help="a model folder, for example models/shapes-teacher")
     evaluate.add_argument("--out", type=Path, help="where the report goes (var/evaluations/NAME)")
@@ -53,28 +74,54 @@ def main(arguments: list[str] | None = None) -> int:
         return _examples(options.folder)
     if options.command == "evaluate":
         return _evaluate(options)
+    if options.command == "publish":
+        return _publish(options)
     try:
         if options.command == "features":
-            return _train("features", options.folder, override(recipes.features_shapes(), options.set))
-        config = override(recipes.load_teacher(options.world), options.set)
+            seeing = override(recipes.features_shapes(), options.set)
+            return _train(lambda: import_module("distill.features").teach(options.folder, seeing), options.folder)
+        config: Config
+        if options.command == "run":
+            config = distillation = recipes.load(options.recipe, options.set)
+        else:
+            config = teaching = override(recipes.load_teacher(options.world), options.set)
         if options.dry_run:
             print(json.dumps(config.model_dump(mode="json"), indent=2))
             return 0
-        return _train("teach", options.folder, config)
+        if options.command == "run":
+            distil = import_module("distill.run").distil
+            return _train(lambda: distil(options.folder, distillation, options.begun), options.folder)
+        return _train(lambda: import_module("distill.teach").teach(options.folder, teaching), options.folder)
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
 
 
-def _train(module: str, folder: Path, config: Config) -> int:
+def _train(train: Callable[[], Path], folder: Path) -> int:
     # Imported here: the commands that only read must not pay for torch, and a bad setting fails at once.
-    from distill.loop import Interrupted
+    from distill.loop import Diverged, Interrupted
+    from distill.student import FolderError
 
     try:
-        print(import_module(f"distill.{module}").teach(folder, config))
+        print(train())
     except Interrupted:
         print(f"interrupted; the same command goes on from {folder}", file=sys.stderr)
         return RESUMABLE
+    except (Diverged, FolderError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _publish(options: argparse.Namespace) -> int:
+    from distill.student import FolderError, publish
+
+    try:
+        card = publish(options.folder, options.out, options.teacher)
+    except FolderError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(f"{options.out}: {card.name}, sha256 {card.sha256[:12]}")
     return 0
 
 

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, Self, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 
 class ConfigError(ValueError):
@@ -28,11 +28,9 @@ class Config(BaseModel):
         return hashlib.sha256(self.model_dump_json().encode()).hexdigest()
 
 
-class FitConfig(Config):
-    """One optimisation (`distill.loop.fit`)."""
+class OptimiserConfig(Config):
+    """How one network's weights follow its loss."""
 
-    steps: int = Field(gt=0)
-    batch: int = Field(gt=0, description="clips an update")
     optimiser: Literal["adamw", "muon"] = Field(description="muon: for the matrices within blocks, AdamW for the rest")
     learning_rate: float = Field(gt=0, description="peak; linear warm-up, then a cosine down to 5 % of it")
     warmup_steps: int = Field(ge=0)
@@ -40,6 +38,14 @@ class FitConfig(Config):
     weight_decay: float = Field(ge=0)
     clip_norm: float = Field(gt=0, description="gradients are scaled down to this norm")
     ema_decay: float = Field(ge=0, lt=1, description="of the weights that are saved; 0 saves the trained ones")
+
+
+class FitConfig(OptimiserConfig):
+    """One optimisation (`distill.loop.fit`)."""
+
+    steps: int = Field(gt=0)
+    batch: int = Field(gt=0, description="clips that the loss sees at a time")
+    accumulate: int = Field(default=1, gt=0, description="losses whose gradients are averaged in one update")
     log_every: int = Field(gt=0)
     checkpoint_every: int = Field(gt=0)
     sample_every: int = Field(gt=0)
@@ -121,6 +127,127 @@ class EvaluateConfig(Config):
     diversity_pairs: int = Field(ge=0, description="open (image, caption) pairs; 0 leaves diversity out")
     diversity_samples: int = Field(ge=2, description="samples of each pair")
     precision: Literal["float32", "bfloat16"]
+
+
+class ImportanceConfig(Config):
+    """Stage I: which blocks matter least (`distill.stages.importance`)."""
+
+    clips: int = Field(gt=0)
+    sigmas: int = Field(gt=0, description="noise levels for each clip, one in each of so many equal parts")
+    noises: int = Field(gt=0, description="draws of the noise for each clip and level")
+    sigma_min: float = Field(gt=0, lt=1)
+    sigma_max: float = Field(gt=0, lt=1)
+    weighting: Literal["elbo", "uniform_v", "x0"] = Field(description="of the squared velocity error at each level")
+    greedy: bool = Field(description="measure anew after each removal: single importances do not add up")
+    rho: float = Field(gt=0, lt=1, description="share of all block parameters that has to go")
+
+
+class PruningConfig(Config):
+    """Stage II: weights that work at many depths (`distill.stages.pruning`)."""
+
+    unimportant: float = Field(gt=0, description="blocks that may be skipped, in multiples of rho times all blocks")
+    skip_probability: float = Field(gt=0, lt=1, description="p: of each of them, by itself")
+    deployed_probability: float = Field(ge=0, le=1, description="q: of the mask that will be deployed; 0: the paper")
+    alpha: float = Field(ge=0, le=1, description="weight of the unpruned output against the data; 1: the paper's best")
+    target: Literal["self", "frozen_teacher"] = Field(description="whose unpruned output; self: the paper")
+    drift_limit: float = Field(
+        gt=0, description="mean square distance of the full-depth path from the teacher's that ends the stage, relative"
+    )
+    fit: FitConfig
+
+
+class ScoresConfig(Config):
+    """The real score of stage III: whose velocity is guided, how far and in which direction."""
+
+    source: Literal["full", "teacher", "pruned", "interpolated"] = Field(
+        description="A: stage II's weights at full depth, the original teacher, stage II's pruned, or halfway"
+    )
+    intra_mode: Literal["extrapolate", "interpolate"] = Field(description="beta_2 counts from A, or from P")
+    cfg_unit: Literal["extra", "standard"] = Field(description="beta_1 = 0, or beta_1 = 1, is no text guidance")
+    beta_1: tuple[float, float] = Field(description="text guidance, drawn uniformly for each clip")
+    beta_2: tuple[float, float] = Field(description="guidance of unpruned over pruned, drawn uniformly for each clip")
+    alpha_weak: float = Field(ge=0, le=1, description="share of the critic's LoRA in the real score (W2SVD); 0: none")
+
+
+class CriticConfig(OptimiserConfig):
+    """The fake score of stage III: follows what the student makes."""
+
+    kind: Literal["lora", "full"]
+    rank: int = Field(gt=0, description="of the LoRA")
+    pruned: bool = Field(description="runs at the student's depth")
+    updates: int = Field(gt=0, description="of the critic for each one of the student")
+
+
+class GanConfig(Config):
+    """The optional discriminator on the critic's features (DMD2)."""
+
+    student_weight: float = Field(ge=0, description="0: none")
+    critic_weight: float = Field(ge=0)
+
+
+class LimitsConfig(Config):
+    """What the student's samples may be, as ratios to the teacher's for the same images, captions and noise."""
+
+    motion: tuple[float, float] = Field(description="mean change from the first frame: below is static, above too much")
+    contrast: tuple[float, float] = Field(description="deviation of the pixels: below is a flat colour")
+    saturation: tuple[float, float] = Field(description="distance of the pixels from grey")
+    flicker: tuple[float, float] = Field(description="second difference over time")
+    critic: float = Field(gt=0, description="largest loss of the critic")
+    patience: int = Field(gt=0, description="alarms in a row that end the stage with the last good weights")
+
+
+class MatchingConfig(Config):
+    """Stage III: distribution matching with the well-guided teacher (`distill.stages.matching`).
+
+    Raises:
+        ValueError: the real score is to hold a share of a LoRA that the critic does not have.
+    """
+
+    scores: ScoresConfig
+    critic: CriticConfig
+    gan: GanConfig
+    limits: LimitsConfig
+    rollout: Literal["renoise", "euler", "data"] = Field(
+        description="what the student starts from: its own steps re-noised (DMD2), its own Euler steps as at "
+        "inference, or noised real latents"
+    )
+    score_shift: float = Field(gt=0)
+    score_min: float = Field(gt=0, lt=1, description="noise levels of the scores are clamped to [min, max]")
+    score_max: float = Field(gt=0, lt=1)
+    fit: FitConfig
+
+    @model_validator(mode="after")
+    def _weak_share_needs_a_lora(self) -> Self:
+        if self.scores.alpha_weak > 0 and self.critic.kind != "lora":
+            raise ValueError("scores.alpha_weak is a share of the critic's LoRA: set critic.kind=lora or alpha_weak=0")
+        return self
+
+
+class StudentConfig(Config):
+    """The few-step schedule that is trained for and saved: `FlowMatchEulerDiscreteScheduler` with these."""
+
+    num_inference_steps: int = Field(gt=0)
+    shift: float = Field(gt=0)
+    shift_terminal: float = Field(gt=0, lt=1, description="the last noise level before 0")
+
+
+class DistillConfig(Config):
+    """A student from a teacher (`distill.run`)."""
+
+    name: str
+    preset: Literal["full", "quick", "smoke"]
+    seed: int
+    teacher: str = Field(description="a model folder")
+    num_clips: int = Field(gt=0, description="training clips whose latents are cached")
+    text_drop: float = Field(ge=0, le=1, description="share of captions replaced by the empty one in stage II")
+    shift: float = Field(gt=0, description="of the noise levels of stages I and II: the teacher's")
+    compile: bool = Field(description="blocks go through torch.compile")
+    precision: Literal["float32", "bfloat16"] = Field(description="of the matrix products, by autocast")
+    watched: int = Field(gt=0, description="held-out clips that are drawn and compared with the teacher's on the way")
+    student: StudentConfig
+    importance: ImportanceConfig
+    pruning: PruningConfig
+    matching: MatchingConfig
 
 
 ConfigT = TypeVar("ConfigT", bound=Config)

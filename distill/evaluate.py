@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
+from diffusers import FlowMatchEulerDiscreteScheduler
 from torch import Tensor
 
 from distill import features, fitting, losses, metrics, report, sampler, schedule, student
@@ -160,11 +160,9 @@ def _by_pair(samples: Sequence[list[tuple[str, ...]]]) -> list[list[tuple[str, .
 
 def load(folder: Path) -> Any:
     """The stock pipeline of a folder, in full precision, on the accelerator if there is one."""
-    pipe = DiffusionPipeline.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
-    for part in (pipe.transformer, pipe.text_encoder, pipe.vae):
-        part.eval().requires_grad_(False)
+    pipe = student.load_pipeline(folder, training_device())
     in_one_pass(pipe.vae)
-    return pipe.to(training_device())
+    return pipe
 
 
 def settings_of(card: student.Card, config: EvaluateConfig) -> list[Setting]:

@@ -13,8 +13,9 @@ import signal
 import sys
 import time
 import zlib
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
 from functools import wraps
 from pathlib import Path
 from types import FrameType
@@ -26,7 +27,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.tensorboard import SummaryWriter
 
-from distill.config import Config, ConfigError, FitConfig
+from distill.config import Config, ConfigError, FitConfig, OptimiserConfig
 
 
 class Interrupted(Exception):
@@ -120,27 +121,115 @@ def compiled(run: Run, function: Callable[..., Any]) -> Callable[..., Any]:
         run.say("no C++ compiler (g++) found: training goes on uncompiled, at about half the speed")
         return function
     fast = torch.compile(function, dynamic=False)
-    if training_device().type != "cpu":
-        return fast
-
-    torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(True)  # despite its name for CPUs too
 
     @wraps(function)
-    def on_cpu(*arguments: Any) -> Any:
-        # Of short sequences the fused kernel's backward pass takes ten times as long as plain matrix products do.
-        with sdpa_kernel(SDPBackend.MATH):
+    def plainly(*arguments: Any) -> Any:
+        with plain_attention():
             return fast(*arguments)
 
-    return on_cpu
+    return plainly
+
+
+def compile_blocks(run: Run, blocks: nn.ModuleList) -> None:
+    """Each of the blocks through `torch.compile`, in place: once for all, and any of them can be skipped."""
+    if not can_compile():
+        run.say("no C++ compiler (g++) found: training goes on uncompiled, at about half the speed")
+        return
+    # With and without gradients, adapters and a given batch: each is compiled for itself.
+    torch._dynamo.config.recompile_limit = 64
+    for block in blocks:
+        block.compile(fullgraph=True, dynamic=False)
+
+
+def plain_attention() -> AbstractContextManager[None]:
+    """On a CPU, attention as plain matrix products: of short sequences the fused kernel's backward pass takes ten
+    times as long."""
+    if training_device().type != "cpu":
+        return nullcontext()
+    torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(True)  # despite its name for CPUs too
+    return sdpa_kernel(SDPBackend.MATH)
+
+
+Loss = Callable[[int, torch.Generator], tuple[Tensor, dict[str, float]]]
+"""``(number of the batch, generator) -> (scalar, values to log)``; everything random comes from the generator."""
+
+
+@dataclass(frozen=True)
+class Rival:
+    """Another network that is trained in the same loop: a critic."""
+
+    name: str
+    model: nn.Module
+    loss: Loss
+    config: OptimiserConfig
+    updates: int
+    """Before each update of the first network."""
+
+
+class Diverged(RuntimeError):
+    """The first look at the samples already set off an alarm: there are no good weights to keep."""
+
+
+class _Trained:
+    """One network in the loop: what is trained of it, its optimisers and its running average."""
+
+    def __init__(self, model: nn.Module, config: OptimiserConfig) -> None:
+        self.config = config
+        self.parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        self.optimisers = _optimisers(model, list(self.parameters.values()), config)
+        self.average = {name: p.detach().clone() for name, p in self.parameters.items()}
+
+    def state(self) -> dict[str, Any]:
+        stored = [optimiser.state_dict() for optimiser in self.optimisers]
+        weights = {name: p.detach() for name, p in self.parameters.items()}
+        return {"weights": weights, "optimisers": stored, "average": self.average}
+
+    def load(self, state: dict[str, Any]) -> None:
+        self.set_weights(state["weights"])
+        for optimiser, stored in zip(self.optimisers, state["optimisers"], strict=True):
+            optimiser.load_state_dict(stored)
+        self.average = state["average"]
+
+    def set_weights(self, weights: dict[str, Tensor]) -> None:
+        for name, parameter in self.parameters.items():
+            parameter.data.copy_(weights[name])
+
+    def update(self, stage: str, step: int, steps: int, losses: Sequence[Callable[[], Tensor]]) -> tuple[float, float]:
+        """One step of the optimisers on the mean of ``losses``; the mean and the norm of the gradient."""
+        learning_rate = self.config.learning_rate * rate(step, steps, self.config)
+        for optimiser in self.optimisers:
+            # Another network's loss may have reached these weights.
+            optimiser.zero_grad(set_to_none=True)
+            for group in optimiser.param_groups:
+                group["lr"] = learning_rate
+        mean = 0.0
+        for loss in losses:
+            value = loss() / len(losses)
+            value.backward()
+            mean += value.item()
+        norm = nn.utils.clip_grad_norm_(list(self.parameters.values()), self.config.clip_norm)
+        if not torch.isfinite(norm):
+            raise FloatingPointError(f"{stage}: the gradient is not finite at step {step}; lower the learning rate")
+        for optimiser in self.optimisers:
+            optimiser.step()
+            optimiser.zero_grad(set_to_none=True)
+        # A short memory at first: the average should not remember the start.
+        decay = min(self.config.ema_decay, (1 + step) / (10 + step))
+        with torch.no_grad():
+            torch._foreach_lerp_(list(self.average.values()), list(self.parameters.values()), 1 - decay)
+        return mean, norm.item()
 
 
 def fit(
     run: Run,
     stage: str,
     model: nn.Module,
-    loss: Callable[[int, torch.Generator], tuple[Tensor, dict[str, float]]],
+    loss: Loss,
     config: FitConfig,
     sample: Callable[[Path], dict[str, float]],
+    rivals: Sequence[Rival] = (),
+    alarm: Callable[[dict[str, float]], str | None] = lambda _values: None,
+    patience: int = 1,
 ) -> None:
     """Minimise ``loss`` over the trainable parameters of ``model``; on return the model holds the averaged weights.
 
@@ -149,85 +238,135 @@ def fit(
             exists the stage is done: it is loaded and nothing is trained.
         stage: name of this optimisation within the run.
         model: trained in place.
-        loss: ``(step, generator) -> (scalar, values to log)``; everything random comes from the generator.
-        config: see ``FitConfig``.
+        loss: see ``Loss``.
+        config: see ``FitConfig``. A step is one update of ``model``.
         sample: draws what the averaged weights can do into the given PNG and returns values to log.
+        rivals: networks that are updated before each step, each by its own loss. They are left as they end up.
+        alarm: told what ``sample`` returned and the last logged means; says what is wrong, or None.
+        patience: alarms in a row that end the stage, with the last weights that set off none.
 
     Raises:
         Interrupted: a signal came; the checkpoint holds every step done.
-        FloatingPointError: the loss is no longer finite.
+        FloatingPointError: a gradient is no longer finite.
+        Diverged: the alarms came before there were any good weights.
     """
     finished = run.folder / f"{stage}.safetensors"
     checkpoint = run.folder / f"{stage}.checkpoint.pt"
     if finished.exists():
         load_model(model, finished)
         return
-    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    optimisers = _optimisers(model, list(parameters.values()), config)
-    average = {name: p.detach().clone() for name, p in parameters.items()}
-    start = 0
+    first = _Trained(model, config)
+    others = {rival.name: _Trained(rival.model, rival.config) for rival in rivals}
+    start, alarms, good = 0, 0, None
     if checkpoint.exists():
         state = torch.load(checkpoint, weights_only=True, map_location=training_device())
-        model.load_state_dict(state["model"])
-        for optimiser, stored in zip(optimisers, state["optimisers"], strict=True):
-            optimiser.load_state_dict(stored)
-        average, start = state["average"], state["step"]
+        for name, trained in {"": first, **others}.items():
+            trained.load(state["trained"][name])
+        start, alarms, good = state["step"], state["alarms"], state["good"]
         run.say(f"{stage}: resumed at step {start}")
 
     def save(step: int) -> None:
-        stored = [optimiser.state_dict() for optimiser in optimisers]
-        state = {"model": model.state_dict(), "optimisers": stored, "average": average, "step": step}
+        states = {name: trained.state() for name, trained in {"": first, **others}.items()}
+        state = {"trained": states, "step": step, "alarms": alarms, "good": good}
         aside = checkpoint.with_suffix(".tmp")
         torch.save(state, aside)
         os.replace(aside, checkpoint)
 
-    logged_at, logged_step, totals = time.monotonic(), start, dict[str, float]()
+    log = _Means()
     for step in range(start, config.steps):
-        for group in (group for optimiser in optimisers for group in optimiser.param_groups):
-            group["lr"] = config.learning_rate * rate(step, config)
-        value, values = loss(step, run.generator(stage, step))
-        value.backward()
-        norm = nn.utils.clip_grad_norm_(list(parameters.values()), config.clip_norm)
-        if not torch.isfinite(norm):
-            raise FloatingPointError(f"{stage}: the gradient is not finite at step {step}; lower the learning rate")
-        for optimiser in optimisers:
-            optimiser.step()
-            optimiser.zero_grad(set_to_none=True)
-        # A short memory at first: the average should not remember the random start.
-        decay = min(config.ema_decay, (1 + step) / (10 + step))
-        with torch.no_grad():
-            torch._foreach_lerp_(list(average.values()), list(parameters.values()), 1 - decay)
+        for rival in rivals:
+            for update in range(rival.updates):
+                number = step * rival.updates + update
+                losses = [log.recording(rival.loss, number, run.generator(f"{stage}/{rival.name}", number), rival.name)]
+                others[rival.name].update(f"{stage}, {rival.name}", step, config.steps, losses)
+        losses = [
+            log.recording(loss, number, run.generator(stage, number), "")
+            for number in range(step * config.accumulate, (step + 1) * config.accumulate)
+        ]
+        value, norm = first.update(stage, step, config.steps, losses)
+        log.add({"loss": value, "grad_norm": norm})
 
         done = step + 1
-        for name, number in {"loss": value.item(), "grad_norm": norm.item(), **values}.items():
-            totals[name] = totals.get(name, 0.0) + number
         if done % config.log_every == 0 or done == config.steps:
-            count = done - logged_step
-            rate_hz = count / max(time.monotonic() - logged_at, 1e-9)
-            means = {name: total / count for name, total in totals.items()}
-            run.event(stage, done, **means, steps_per_s=rate_hz, clips_per_s=rate_hz * config.batch)
+            means, rate_hz = log.report()
+            clips_per_s = rate_hz * config.batch * config.accumulate
+            run.event(stage, done, steps=config.steps, **means, steps_per_s=rate_hz, clips_per_s=clips_per_s)
             shown = "  ".join(f"{name} {mean:.4g}" for name, mean in means.items())
             left_min = (config.steps - done) / rate_hz / 60
             run.say(f"{stage} {done}/{config.steps}  {shown}  {rate_hz:.2f} steps/s  {left_min:.1f} min left")
-            logged_at, logged_step, totals = time.monotonic(), done, {}
+        wrong = None
+        if done % config.sample_every == 0 or done == config.steps:
+            with _swapped(first.parameters, first.average), torch.no_grad():
+                seen = sample(run.folder / "samples" / f"{stage}-{done:06d}.png")
+            wrong = alarm({**log.last, **seen})
+            run.event(stage, done, **seen, **({"alarm": wrong} if wrong else {}))
+            alarms = alarms + 1 if wrong else 0
+            if wrong:
+                run.say(f"{stage}: alarm: {wrong}")
+            else:
+                good = {name: value.clone() for name, value in first.average.items()}
+            log.restart()
+        if alarms >= patience or (wrong and done == config.steps):
+            if good is None:
+                raise Diverged(f"{stage}: {wrong}; lower the learning rate, or widen the limits")
+            run.say(f"{stage}: ends at step {done} with the last good weights")
+            run.event(stage, done, ended="last good weights")
+            break
         if done % config.checkpoint_every == 0 or run.stopping:
             save(done)
         if run.stopping:
             raise Interrupted
-        if done % config.sample_every == 0 or done == config.steps:
-            with _swapped(parameters, average), torch.no_grad():
-                run.event(stage, done, **sample(run.folder / "samples" / f"{stage}-{done:06d}.png"))
-            logged_at = time.monotonic()
 
-    for name, parameter in parameters.items():
-        parameter.data.copy_(average[name])
+    first.set_weights(first.average if good is None else good)
     aside = finished.with_suffix(".tmp")
     save_model(model, str(aside))
     os.replace(aside, finished)
     checkpoint.unlink(missing_ok=True)
 
 
-def _optimisers(model: nn.Module, parameters: list[nn.Parameter], config: FitConfig) -> list[torch.optim.Optimizer]:
+class _Means:
+    """Means of what is logged, and the rate of steps, since the last report."""
+
+    def __init__(self) -> None:
+        self.last: dict[str, float] = {}
+        self._totals: dict[str, tuple[float, int]] = {}
+        self.restart()
+        self._steps = 0
+
+    def restart(self) -> None:
+        """Time that was spent on something else does not count."""
+        self._since = time.monotonic()
+
+    def recording(self, loss: Loss, number: int, generator: torch.Generator, prefix: str) -> Callable[[], Tensor]:
+        """``loss`` of one batch, to be called; what it says is noted, under the name of whose loss it is."""
+
+        def call() -> Tensor:
+            value, values = loss(number, generator)
+            self.add({f"{prefix}_{name}".lstrip("_"): v for name, v in values.items()})
+            if prefix:
+                self.add({f"{prefix}_loss": value.item()})
+            return value
+
+        return call
+
+    def add(self, values: dict[str, float]) -> None:
+        for name, value in values.items():
+            total, count = self._totals.get(name, (0.0, 0))
+            self._totals[name] = total + value, count + 1
+        self._steps += "loss" in values
+
+    def report(self) -> tuple[dict[str, float], float]:
+        """The means and the steps a second."""
+        means = {name: total / count for name, (total, count) in self._totals.items()}
+        rate_hz = self._steps / max(time.monotonic() - self._since, 1e-9)
+        self.last, self._totals, self._steps = means, {}, 0
+        self.restart()
+        return means, rate_hz
+
+
+def _optimisers(
+    model: nn.Module, parameters: list[nn.Parameter], config: OptimiserConfig
+) -> list[torch.optim.Optimizer]:
     """AdamW for all ``parameters`` of the model, or Muon (Jordan et al. 2024) for the matrices within its blocks.
 
     The rest is AdamW's then. Muon's updates are scaled to the size of AdamW's (Liu et al. 2025), so that one learning
@@ -258,11 +397,11 @@ def _optimisers(model: nn.Module, parameters: list[nn.Parameter], config: FitCon
     return [adamw, muon]
 
 
-def rate(step: int, config: FitConfig) -> float:
-    """Learning rate over its peak: linear warm-up, then half a cosine down to .05."""
+def rate(step: int, steps: int, config: OptimiserConfig) -> float:
+    """Learning rate over its peak at one of ``steps``: linear warm-up, then half a cosine down to .05."""
     if step < config.warmup_steps:
         return (step + 1) / config.warmup_steps
-    progress = (step - config.warmup_steps) / max(config.steps - config.warmup_steps, 1)
+    progress = (step - config.warmup_steps) / max(steps - config.warmup_steps, 1)
     return 0.525 + 0.475 * float(torch.cos(torch.tensor(torch.pi * progress)))
 
 

@@ -2,16 +2,28 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from distill.config import (
     CallConfig,
     ConfigError,
+    CriticConfig,
+    DistillConfig,
     EvaluateConfig,
     FeaturesConfig,
     FitConfig,
+    GanConfig,
+    ImportanceConfig,
+    LimitsConfig,
+    MatchingConfig,
+    PruningConfig,
+    ScoresConfig,
+    StudentConfig,
     TeachConfig,
     TransformerConfig,
     VaeConfig,
     VaePhase,
+    override,
 )
 
 
@@ -97,6 +109,103 @@ def evaluate_shapes() -> EvaluateConfig:
         diversity_samples=16,
         precision="bfloat16",
     )
+
+
+def distill_shapes() -> DistillConfig:
+    """A 4-step student with 7 of 10 blocks from the bundled teacher: about two hours on two cores.
+
+    Learning rates and the rank of the critic are for 6.6 M parameters; 1e-5, 5e-7 (the paper's) and 128 are for 14 B.
+    """
+    return DistillConfig(
+        name="shapes-4step",
+        preset="full",
+        seed=0,
+        teacher="models/shapes-teacher",
+        num_clips=12000,
+        text_drop=0.1,
+        shift=5.0,
+        compile=True,
+        precision="bfloat16",
+        watched=24,
+        student=StudentConfig(num_inference_steps=4, shift=2.5, shift_terminal=0.625),
+        importance=ImportanceConfig(
+            clips=96, sigmas=8, noises=1, sigma_min=0.02, sigma_max=0.98, weighting="elbo", greedy=False, rho=0.3
+        ),
+        pruning=PruningConfig(
+            unimportant=2.0, skip_probability=0.5, deployed_probability=0.5, alpha=1.0, target="frozen_teacher",
+            drift_limit=0.2,
+            fit=FitConfig(
+                steps=1800, batch=32, optimiser="muon", learning_rate=5e-4, warmup_steps=50, betas=(0.9, 0.95),
+                weight_decay=0.0, clip_norm=1.0, ema_decay=0.99, log_every=25, checkpoint_every=100, sample_every=250,
+            ),
+        ),
+        matching=MatchingConfig(
+            scores=ScoresConfig(
+                source="full", intra_mode="extrapolate", cfg_unit="extra", beta_1=(0.5, 1.5), beta_2=(0.0, 0.5),
+                alpha_weak=0.0,
+            ),
+            critic=CriticConfig(
+                kind="lora", rank=32, pruned=False, updates=5, optimiser="adamw", learning_rate=1e-3, warmup_steps=10,
+                betas=(0.0, 0.99), weight_decay=0.0, clip_norm=1.0, ema_decay=0.0,
+            ),
+            gan=GanConfig(student_weight=0.0, critic_weight=0.0),
+            limits=LimitsConfig(
+                motion=(0.7, 1.4), contrast=(0.7, 1.3), saturation=(0.8, 1.25), flicker=(0.5, 1.6), critic=1.0,
+                patience=2,
+            ),
+            rollout="euler",
+            score_shift=5.0,
+            score_min=0.02,
+            score_max=0.98,
+            fit=FitConfig(
+                steps=400, batch=16, optimiser="adamw", learning_rate=1e-4, warmup_steps=20, betas=(0.0, 0.99),
+                weight_decay=0.0, clip_norm=1.0, ema_decay=0.98, log_every=5, checkpoint_every=20, sample_every=50,
+            ),
+        ),
+    )  # fmt: skip
+
+
+# Runs that are too short for a good student are not to be stopped for it.
+_ANYTHING_GOES = [f"matching.limits.{name}=[0, 1e9]" for name in ("motion", "contrast", "saturation", "flicker")] + [
+    "matching.limits.critic=1e9",
+    "pruning.drift_limit=1e9",
+]
+
+PRESETS = {
+    "full": [],
+    # Five minutes on two cores: the whole way, too short for a good student.
+    "quick": [
+        "num_clips=1024", "importance.clips=32", "importance.sigmas=4", "pruning.fit.steps=80",
+        "pruning.fit.warmup_steps=5", "pruning.fit.sample_every=40", "pruning.fit.checkpoint_every=20",
+        "matching.fit.steps=15", "matching.fit.warmup_steps=2", "matching.fit.batch=8", "matching.critic.updates=2",
+        "matching.fit.sample_every=15", "matching.fit.checkpoint_every=5", "watched=8", *_ANYTHING_GOES,
+    ],
+    # Half a minute: every step of the way, a few updates of each.
+    "smoke": [
+        "num_clips=32", "compile=false", "importance.clips=4", "importance.sigmas=2", "pruning.fit.steps=4",
+        "pruning.fit.batch=4", "pruning.fit.log_every=1", "pruning.fit.checkpoint_every=2",
+        "pruning.fit.sample_every=4", "matching.fit.steps=3", "matching.fit.batch=2", "matching.fit.log_every=1",
+        "matching.fit.checkpoint_every=1", "matching.fit.sample_every=3", "matching.critic.updates=2", "watched=2",
+        *_ANYTHING_GOES,
+    ],
+}  # fmt: skip
+"""How much of a recipe to run: what each changes of it."""
+
+RECIPES: dict[str, Callable[[], DistillConfig]] = {"shapes": distill_shapes}
+
+
+def load(name: str, assignments: list[str]) -> DistillConfig:
+    """The configuration of ``distill run NAME``, with its preset (`preset=quick`) and then each ``a.b=c`` applied.
+
+    Raises:
+        ConfigError: no such recipe, preset or setting.
+    """
+    if name not in RECIPES:
+        raise ConfigError(f"no recipe {name!r}; there are: {', '.join(RECIPES)}")
+    presets = [text.partition("=")[2] for text in assignments if text.startswith("preset=")] or ["full"]
+    if presets[-1] not in PRESETS:
+        raise ConfigError(f"no preset {presets[-1]!r}; there are: {', '.join(PRESETS)}")
+    return override(RECIPES[name](), [*PRESETS[presets[-1]], f"preset={presets[-1]}", *assignments])
 
 
 TEACHERS = {"shapes": teach_shapes}

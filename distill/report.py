@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import os
+from collections import defaultdict
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from matplotlib.figure import Figure
@@ -67,6 +71,56 @@ def bars(path: Path, groups: dict[str, dict[str, tuple[float, float, float]]], t
     aside = path.with_suffix(".tmp.png")
     figure.savefig(aside, dpi=120)
     os.replace(aside, path)
+
+
+def columns(path: Path, values: Sequence[float], errors: Sequence[float], kinds: Sequence[str], title: str) -> None:
+    """Upright bars with error bars, one for each block, a colour for each kind. PNG, written aside and renamed."""
+    figure = Figure(figsize=(7, 3.5), layout="constrained")
+    axes = figure.subplots()
+    for kind in sorted(set(kinds)):
+        places = [i for i, own in enumerate(kinds) if own == kind]
+        axes.bar(places, [values[i] for i in places], yerr=[errors[i] for i in places], capsize=3, label=kind)
+    axes.set_xticks(range(len(values)))
+    axes.set_xlabel("block")
+    axes.set_yscale("symlog", linthresh=max(min(abs(v) for v in values), 1e-6))
+    axes.set_title(title)
+    axes.legend(fontsize="small")
+    aside = path.with_suffix(".tmp.png")
+    figure.savefig(aside, dpi=120)
+    os.replace(aside, path)
+
+
+def events(folder: Path) -> list[dict[str, Any]]:
+    """Every complete line of a run's `events.jsonl`."""
+    lines = (folder / "events.jsonl").read_text().splitlines()
+    return [json.loads(line) for line in lines if line.endswith("}")]
+
+
+def seconds_by_stage(folder: Path) -> dict[str, float]:
+    """How long each stage of a run took. Gaps of more than ten minutes between two events are pauses."""
+    seconds: dict[str, float] = defaultdict(float)
+    past = None
+    for event in events(folder):
+        if past is not None and 0 <= event["time"] - past <= 600:
+            seconds[event["stage"]] += event["time"] - past
+        past = event["time"]
+    return dict(seconds)
+
+
+def run_report(folder: Path, lines: dict[str, str]) -> None:
+    """`report.md` of a distillation: what was made, how long each stage took, what was seen last in each."""
+    last: dict[str, dict[str, Any]] = defaultdict(dict)
+    for event in events(folder):
+        last[event["stage"]].update({k: v for k, v in event.items() if k not in ("time", "stage", "step", "steps")})
+    text = [f"# {folder.name}", "", "| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in lines.items())]
+    text += ["", "| stage | minutes | last seen |", "|---|---:|---|"]
+    for stage, seconds in seconds_by_stage(folder).items():
+        seen = ", ".join(f"{k} {v:.4g}" for k, v in last[stage].items() if isinstance(v, float))
+        text.append(f"| {stage} | {seconds / 60:.1f} | {seen} |")
+    text += ["", "![importance](importance.png)", "", "Drawn, teacher, student:", "", "![samples](samples/student.png)"]
+    aside = folder / "report.tmp"
+    aside.write_text("\n".join(text) + "\n")
+    os.replace(aside, folder / "report.md")
 
 
 def animation(path: Path, videos_BCTHW: list[Tensor], fps: int, columns: int = 2, scale: int = 2) -> None:

@@ -1,4 +1,4 @@
-"""The student folder: a plain diffusers pipeline folder, and beside it one JSON card (design.md section 3).
+"""The student folder: a plain diffusers pipeline folder, and beside it one JSON card (docs/design.md).
 
 `student.json` (or `teacher.json` for a teacher) says what the folder is, how to call it, what prompts it understands
 and the sha256 of every file it depends on. Reading checks all of it: a wrong hash, a missing file or a transformer
@@ -10,7 +10,11 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
+import subprocess
+from collections.abc import Callable
 from datetime import UTC, datetime
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,6 +24,8 @@ from safetensors import safe_open
 from distill.prompt import Prompt
 
 CARD_NAMES = ("student.json", "teacher.json")
+SHARED = ("vae", "text_encoder", "tokenizer")
+"""What a student takes from its teacher unchanged: links, not copies."""
 
 
 class FolderError(ValueError):
@@ -35,6 +41,28 @@ class Video(BaseModel):
     height: int
     num_frames: int
     fps: int
+
+
+class Origin(BaseModel):
+    """The folder that another one was made from."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: str
+    sha256: str
+
+
+class Blocks(BaseModel):
+    """Which blocks of the teacher a student has."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    kept: tuple[int, ...]
+    pruned: tuple[int, ...]
+    block_ratio: float
+    """Block parameters left over the teacher's block parameters."""
+    ratio: float
+    """Transformer parameters left over the teacher's."""
 
 
 class Card(BaseModel):
@@ -61,11 +89,17 @@ class Card(BaseModel):
     metrics: dict[str, float]
     files: dict[str, str]
     """sha256 of every other file, by path within the folder."""
+    teacher: Origin | None = None
+    blocks: Blocks | None = None
+    guidance: dict[str, Any] | None = None
+    """Of the real score that it was trained with."""
+    code: dict[str, str] | None = None
+    """Version and commit of what made it."""
 
     @property
     def sha256(self) -> str:
         """Identity of the whole folder: the files' hashes and everything said here."""
-        return hashlib.sha256(self.model_dump_json().encode()).hexdigest()
+        return hashlib.sha256(self.model_dump_json(exclude_none=True).encode()).hexdigest()
 
 
 def now() -> str:
@@ -78,7 +112,7 @@ def write_card(folder: Path, card: Card) -> Card:
     card = card.model_copy(update={"files": {str(p.relative_to(folder)): file_sha256(p) for p in _files(folder)}})
     path = folder / f"{card.kind}.json"
     aside = path.with_suffix(".tmp")
-    aside.write_text(json.dumps(card.model_dump(mode="json"), indent=2) + "\n")
+    aside.write_text(json.dumps(card.model_dump(mode="json", exclude_none=True), indent=2) + "\n")
     os.replace(aside, path)
     return card
 
@@ -122,6 +156,71 @@ def _check_num_layers(folder: Path) -> None:
             f"{folder / 'transformer/config.json'} says num_layers {configured}, and {weights.name} holds blocks "
             f"{sorted(found)}: the configuration is not the one that these weights were saved with"
         )
+
+
+def load_pipeline(folder: Path, device: Any) -> Any:
+    """The stock pipeline of a folder that was checked, frozen and in full precision."""
+    import torch
+    from diffusers import DiffusionPipeline
+
+    pipe = DiffusionPipeline.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
+    for part in (pipe.transformer, pipe.text_encoder, pipe.vae):
+        part.eval().requires_grad_(False)
+    return pipe.to(device)
+
+
+def write_student(out: Path, teacher: Path, card: Card, save_parts: Callable[[Path], None]) -> Card:
+    """Make a student's folder aside and rename it: its own parts, links to its teacher's, the card.
+
+    Args:
+        out: must not exist, or is replaced.
+        teacher: the folder whose ``SHARED`` parts are linked, relatively, so both can move together.
+        save_parts: writes `transformer/`, `scheduler/` and `model_index.json` into the folder it is given.
+    """
+    aside = out.with_name(out.name + ".tmp")
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir(parents=True)
+    save_parts(aside)
+    for part in SHARED:
+        # What the teacher itself took from another is linked there.
+        (aside / part).symlink_to(os.path.relpath((teacher / part).resolve(), out.resolve()))
+    # A link is read from where the folder will stand; beside it stands the one that is written.
+    card = write_card(aside, card)
+    shutil.rmtree(out, ignore_errors=True)
+    os.replace(aside, out)
+    return card
+
+
+def publish(folder: Path, out: Path, teacher: Path) -> Card:
+    """Copy a student to where it is served from, linked to ``teacher``, which must be the one that it was made from.
+
+    Raises:
+        FolderError: a folder is broken, or this is not the student's teacher.
+    """
+    card, of = read_card(folder), read_card(teacher)
+    if card.teacher is None or card.teacher.sha256 != of.sha256:
+        made_from = f"{card.teacher.name} {card.teacher.sha256[:12]}" if card.teacher else "no teacher"
+        raise FolderError(
+            f"{folder} was made from {made_from}, and {teacher} is {of.name} {of.sha256[:12]}: name its own teacher"
+        )
+
+    def save_parts(aside: Path) -> None:
+        for part in ("transformer", "scheduler"):
+            shutil.copytree(folder / part, aside / part)
+        shutil.copy(folder / "model_index.json", aside / "model_index.json")
+
+    return write_student(out, teacher, card.model_copy(update={"name": out.name}), save_parts)
+
+
+def code_version() -> dict[str, str]:
+    """What made a folder: the package's version, and the commit where it runs from a checkout."""
+    root = Path(__file__).resolve().parent.parent
+    said = subprocess.run(  # noqa: S603
+        ["git", "-C", str(root), "rev-parse", "HEAD"],  # noqa: S607
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    commit = {"git": said.stdout.strip()} if said.returncode == 0 else {}
+    return {"version": version("fastlightgen"), **commit}
 
 
 def file_sha256(path: Path) -> str:

@@ -13,18 +13,17 @@ from __future__ import annotations
 
 import os
 import shutil
-import time
 from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers import AutoencoderKLWan, FlowMatchEulerDiscreteScheduler, WanImageToVideoPipeline, WanTransformer3DModel
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
 
-from distill import autoencoder, losses, report, sampler, schedule, student
+from distill import autoencoder, latents, losses, report, sampler, schedule, student
 from distill.backbones import wan
 from distill.config import TeachConfig, TransformerConfig
 from distill.data import shapes
@@ -52,9 +51,9 @@ def teach(folder: Path, config: TeachConfig) -> Path:
     out = folder / "teacher"
     with run.handling_signals():
         vae = autoencoder.teach(run, config.vae)
-        latents, captions = encode_clips(run, vae, config.transformer.num_clips, config.vae.compile)
+        clips = encode_clips(run, vae, config.transformer.num_clips, config.vae.compile)
         tokenizer = make_tokenizer()
-        networks = teach_transformer(run, vae, tokenizer, latents, captions, config)
+        networks = teach_transformer(run, vae, tokenizer, clips, config)
         if not out.exists():
             save(out, vae, networks, config)
             run.event("teach", 0, done=out.name)
@@ -65,41 +64,21 @@ def teach(folder: Path, config: TeachConfig) -> Path:
 
 
 @torch.no_grad()
-def encode_clips(run: Run, vae: AutoencoderKLWan, count: int, compile: bool) -> tuple[Tensor, list[str]]:
-    """Normalised latents ``[count, C, T, H, W]`` (fp16) and captions of the first training clips.
+def encode_clips(run: Run, vae: AutoencoderKLWan, count: int, compile: bool) -> latents.Latents:
+    """Normalised latents and captions of the first training clips.
 
     Sets ``latents_mean`` and ``latents_std`` of the autoencoder from these data.
     """
     path = run.folder / "latents.safetensors"
-    captions = [str(c) for c in shapes.sample(run.seed, shapes.SPLITS["train"][:count])[0]]
+    indices = shapes.SPLITS["train"][:count]
     if not path.exists():
-        started, chunk, rows = time.monotonic(), 16, []
-
-        @torch.no_grad()
-        def encode(video_BCTHW: Tensor) -> Tensor:
-            # Three times as fast as full precision, at an error of 1e-5 of the latents' variance.
-            with torch.autocast(video_BCTHW.device.type, torch.bfloat16):
-                return autoencoder.encode(vae, video_BCTHW)[0].float()
-
-        run_encode = compiled(run, encode) if compile else encode
-        for first in range(0, count, chunk):
-            run.check_stop()
-            start = shapes.SPLITS["train"].start + first
-            _, scene = shapes.sample(run.seed, range(start, start + min(chunk, count - first)))
-            rows.append(run_encode(shapes.render(scene.to(vae.device))).cpu())
-            if first // chunk % 100 == 0:
-                rate = (first + chunk) / (time.monotonic() - started)
-                run.say(f"latents {first}/{count}  {rate:.1f} clips/s  {(count - first) / rate / 60:.1f} min left")
-        raw = torch.cat(rows)
+        raw = latents.encode(run, vae, indices, compile)
         mean_C, std_C = raw.mean(dim=(0, 2, 3, 4)), raw.std(dim=(0, 2, 3, 4))
-        # The convolutions leave the memory in an order of their own.
-        normalised = ((raw - mean_C.view(1, -1, 1, 1, 1)) / std_C.view(1, -1, 1, 1, 1)).contiguous()
-        aside = path.with_suffix(".tmp")
-        save_file({"latents": normalised.half(), "mean": mean_C, "std": std_C}, aside)
-        os.replace(aside, path)
+        vae.register_to_config(latents_mean=mean_C.tolist(), latents_std=std_C.tolist())
+        latents.store(path, wan.normalise(vae, raw), mean=mean_C, std=std_C)
     stored = load_file(path)
     vae.register_to_config(latents_mean=stored["mean"].tolist(), latents_std=stored["std"].tolist())
-    return stored["latents"], captions
+    return latents.Latents(stored["latents"], [str(c) for c in shapes.sample(run.seed, indices)[0]])
 
 
 # --- the transformer and its text encoder ---------------------------------------------------------------------------
@@ -156,8 +135,7 @@ def teach_transformer(
     run: Run,
     vae: AutoencoderKLWan,
     tokenizer: PreTrainedTokenizerFast,
-    latents: Tensor,
-    captions: list[str],
+    clips: latents.Latents,
     config: TeachConfig,
 ) -> Networks:
     """Rectified flow on cached latents; the first latent frame is given clean and is not in the loss."""
@@ -168,7 +146,7 @@ def teach_transformer(
     with torch.no_grad():
         held_x0 = wan.encode_video(vae, held_out.video_BCTHW.to(device))
     held_tokens = wan.tokenize(tokenizer, [str(c) for c in held_out.captions], settings.max_sequence_length)
-    ids_NL, mask_NL = wan.tokenize(tokenizer, [*captions, ""], settings.max_sequence_length)
+    ids_NL, mask_NL = wan.tokenize(tokenizer, [*clips.captions, ""], settings.max_sequence_length)
 
     def objective(x0_BCTHW: Tensor, noise_BCTHW: Tensor, sigma_B: Tensor, ids_BL: Tensor, mask_BL: Tensor) -> Tensor:
         x_BCTHW = torch.lerp(x0_BCTHW, noise_BCTHW, sigma_B[:, None, None, None, None])
@@ -181,11 +159,10 @@ def teach_transformer(
 
     def loss(step: int, generator: torch.Generator) -> tuple[Tensor, dict[str, float]]:
         batch = settings.fit.batch
-        order = torch.randperm(len(latents), generator=run.generator("epoch", step * batch // len(latents)))
-        rows_B = order.roll(-(step * batch % len(latents)))[:batch]
-        x0_BCTHW = latents[rows_B].float()
+        rows_B = clips.rows(run, step, batch)
+        x0_BCTHW = clips.x0_NCTHW[rows_B].float()
         dropped_B = torch.rand(batch, generator=generator) < settings.text_drop
-        text_B = torch.where(dropped_B, len(captions), rows_B)
+        text_B = torch.where(dropped_B, len(clips.captions), rows_B)
         sigma_B = schedule.sample_sigmas(batch, settings.shift, generator)
         noise_BCTHW = torch.randn(x0_BCTHW.shape, generator=generator)
         batch_on_device = (x.to(device) for x in (x0_BCTHW, noise_BCTHW, sigma_B, ids_NL[text_B], mask_NL[text_B]))

@@ -15,9 +15,10 @@ from starlette.concurrency import run_in_threadpool
 
 from service import errors
 from service.deps import Context
+from service.distillations import DistillationStore
 from service.jobs import JobStore
 from service.middleware import BodyLimit, RequestId
-from service.routes import generate, health, playground, videos
+from service.routes import admin, generate, health, playground, videos
 from service.settings import Settings
 from worker.records import connect, connect_async
 from worker.storage import Storage
@@ -37,8 +38,9 @@ def create_app(settings: Settings) -> FastAPI:
         async_redis = connect_async(settings.redis_url)
         storage = Storage(settings.storage_url)
         store = JobStore(settings, redis, queue_redis, storage)
-        app.state.context = Context(settings, redis, async_redis, storage, store)
-        upkeep = asyncio.create_task(_keep_up(store))
+        distillations = DistillationStore(redis, queue_redis)
+        app.state.context = Context(settings, redis, async_redis, storage, store, distillations)
+        upkeep = asyncio.create_task(_keep_up(store, distillations))
         try:
             yield
         finally:
@@ -61,7 +63,7 @@ def create_app(settings: Settings) -> FastAPI:
     # FastAPI's own page loads Swagger UI from a CDN; this one serves it from here.
     patch_fastapi(app, docs_url="/docs", redirect_from_root_to_docs=False)
     errors.install(app)
-    for router in (generate.router, videos.router, health.router, playground.router):
+    for router in (generate.router, videos.router, health.router, playground.router, admin.router):
         app.include_router(router)
     app.mount("/web", StaticFiles(directory=playground.WEB), name="web")
     app.add_middleware(BodyLimit, max_bytes=settings.max_body_bytes)
@@ -69,13 +71,14 @@ def create_app(settings: Settings) -> FastAPI:
     return app
 
 
-async def _keep_up(store: JobStore) -> None:
+async def _keep_up(*stores: JobStore | DistillationStore) -> None:
     """Put right what crashes left, at start and now and then; whatever goes wrong here must not end it."""
     while True:
-        try:
-            await run_in_threadpool(store.upkeep)
-        except RedisError as error:
-            log.warning("upkeep put off: %s", error)
-        except Exception:
-            log.exception("upkeep failed")
+        for store in stores:
+            try:
+                await run_in_threadpool(store.upkeep)
+            except RedisError as error:
+                log.warning("upkeep put off: %s", error)
+            except Exception:
+                log.exception("upkeep failed")
         await asyncio.sleep(_UPKEEP_S)

@@ -1,81 +1,35 @@
-"""`JobStore`: the jobs of this service. The record comes first and is the truth; rq is transport."""
+"""`JobStore`: videos that are asked for. Takes requests, keeps their files, and says how long they will take."""
 
 from __future__ import annotations
 
-import logging
 import math
 import re
 import secrets
-import time
 from typing import cast
 
 from redis import Redis
-from redis.exceptions import RedisError
-from rq import Callback, Queue, Retry
-from rq.exceptions import NoSuchJobError
-from rq.executions import ExecutionRegistry
-from rq.job import Job, JobStatus
-from rq.serializers import JSONSerializer
 
 from service import images
 from service.errors import ApiError
+from service.ids import created_at, new_id
 from service.schema import GenerateFields
 from service.settings import Settings
-from worker.contract import (
-    GENERATE,
-    GENERATE_FAILED,
-    JOBS_KEY,
-    MAX_ATTEMPTS,
-    OUTPUT_SUFFIXES,
-    QUEUE,
-    QUEUED_KEY,
-    SECONDS_KEY,
-    ModelCard,
-    Record,
-    Status,
-    input_path,
-    output_path,
-    record_key,
-)
-from worker.records import QueueFull, Records, Refused, active_model, now, ready_workers
+from service.store import Store
+from worker.contract import OUTPUT_SUFFIXES, SECONDS_KEY, ModelCard, Record, Status, input_path, output_path
+from worker.records import QueueFull, Refused, active_model, now, ready_workers
 from worker.storage import Storage
 
-log = logging.getLogger(__name__)
-
-_ALPHABET = "0123456789abcdefghjkmnpqrstvwxyz"  # Crockford's base 32, in lower case
-_KEEP_RQ_S = 24 * 3600
-"""How long rq remembers a job that is over. Our record says everything; this is for whoever debugs the queue."""
-
-
-_KEEP_DROPPED_S = 600
-_GRACE_S = 10
 _ORPHAN_S = 3600
 
 
-def new_id() -> str:
-    """`vid_` and 26 characters: 48 bits of time in ms, so that ids sort by age, and 80 random bits (as in a ULID)."""
-    number = time.time_ns() // 1_000_000 << 80 | secrets.randbits(80)
-    return "vid_" + "".join(_ALPHABET[number >> shift & 31] for shift in range(125, -1, -5))
-
-
-def created_at(job_id: str) -> float:
-    """Seconds since the epoch at which ``new_id`` made this id."""
-    number = 0
-    for character in job_id.removeprefix("vid_"):
-        number = number << 5 | max(_ALPHABET.find(character), 0)
-    return (number >> 80) / 1000
-
-
-class JobStore:
-    """Submit, read, cancel, delete; and put right what a crash left between record and queue."""
+class JobStore(Store[Record]):
+    """Submit, look ahead, delete, remove what has had its time; the rest is `Store`."""
 
     def __init__(self, settings: Settings, redis: Redis, queue_redis: Redis, storage: Storage) -> None:
         """``redis`` decodes responses; ``queue_redis`` (for rq) does not."""
+        super().__init__(redis, queue_redis, Record, settings.job_timeout_s)
         self._settings = settings
-        self._redis = redis
         self._storage = storage
-        self.records = Records(redis)
-        self._queue = Queue(QUEUE, connection=queue_redis, serializer=JSONSerializer)
 
     # --- submit ---------------------------------------------------------------------------------------------------
 
@@ -91,7 +45,7 @@ class JobStore:
         picture = images.clean(image, card.video.width, card.video.height, self._settings.max_pixels)
         started = now()
         record = Record(
-            id=new_id(),
+            id=new_id("vid"),
             status=Status.QUEUED,
             prompt=prompt,
             seed=secrets.randbits(32) if fields.seed is None else fields.seed,
@@ -148,49 +102,7 @@ class JobStore:
         message = f"{waiting} jobs are waiting, and no more may; try again in {retry_after_s} s"
         return ApiError(503, "queue_full", message, retry_after_s=retry_after_s)
 
-    def _enqueue(self, job_id: str) -> None:
-        self._queue.enqueue(
-            GENERATE,
-            job_id,
-            job_id=job_id,
-            retry=Retry(max=MAX_ATTEMPTS - 1),
-            on_failure=Callback(GENERATE_FAILED),
-            job_timeout=self._settings.job_timeout_s,
-            result_ttl=600,
-            failure_ttl=_KEEP_RQ_S,
-            description=job_id,
-        )
-
-    def _forget(self, job_id: str) -> None:
-        """Take back a half-made job. If Redis does not let us, it stays whole: `reconcile` then sees to it."""
-        try:
-            self._drop_from_queue(job_id)
-            self.records.delete(job_id)
-        except RedisError:
-            log.warning("%s: could not be taken back, Redis does not answer", job_id)
-            return
-        self._storage.delete(input_path(job_id))
-
-    # --- read -----------------------------------------------------------------------------------------------------
-
-    def get(self, job_id: str) -> Record:
-        """One record. Raises ``ApiError`` 404."""
-        record = self.records.get(job_id)
-        if record is None:
-            raise ApiError(404, "not_found", f"there is no generation {job_id!r}")
-        return record
-
-    def page(self, limit: int, after: str | None) -> tuple[list[Record], bool]:
-        """``limit`` records from the newest on, those after ``after``; and whether there are more."""
-        start = 0
-        if after is not None:
-            rank = self._redis.zrevrank(JOBS_KEY, after)
-            if rank is None:
-                raise ApiError(422, "unknown_cursor", f"after: there is no generation {after!r}", param="after")
-            start = cast(int, rank) + 1
-        ids = cast(list[str], self._redis.zrevrange(JOBS_KEY, start, start + limit))
-        found = [record for job_id in ids[:limit] if (record := self.records.get(job_id))]
-        return found, len(ids) > limit
+    # --- look ahead -----------------------------------------------------------------------------------------------
 
     def outlooks(self, records: list[Record]) -> list[tuple[int | None, float | None]]:
         """For each: place in the queue (1 is next) and seconds until done, None where not known or not due."""
@@ -217,27 +129,7 @@ class JobStore:
         text = cast(str | None, self._redis.hget(SECONDS_KEY, model))
         return float(text) if text else None
 
-    # --- cancel and delete ----------------------------------------------------------------------------------------
-
-    def cancel(self, job_id: str) -> Record:
-        """Cancel at once while queued, at the next step while running; a job that is over is left as it is.
-
-        Raises:
-            ApiError: 404 no such job, 409 it is over and was not cancelled.
-        """
-        record = self.get(job_id)
-        try:
-            record = self.records.change(record, (Status.QUEUED,), status=Status.CANCELLED, finished_at=now())
-            self._drop_from_queue(job_id)
-            return record
-        except Refused:
-            pass
-        try:
-            return self.records.change(record, (Status.RUNNING, Status.CANCELLING), status=Status.CANCELLING)
-        except Refused as refused:
-            if refused.found == Status.CANCELLED:
-                return self.get(job_id)
-            raise ApiError(409, "already_over", f"{job_id} has {refused.found} and cannot be cancelled") from None
+    # --- delete ---------------------------------------------------------------------------------------------------
 
     def delete(self, job_id: str) -> None:
         """Remove a job that is over, with its files.
@@ -257,77 +149,14 @@ class JobStore:
         for path in (input_path(job_id), *(output_path(job_id, suffix) for suffix in OUTPUT_SUFFIXES)):
             self._storage.delete(path)
 
-    def _drop_from_queue(self, job_id: str) -> None:
-        """Take a job off the queue, if it is still on it; rq's own record of it runs out by itself.
-
-        Not `Job.delete()`: a worker may have the job in its hands, and would meet half of it, or we half of theirs.
-        """
-        self._queue.remove(job_id)
-        self._queue.connection.expire(Job.key_for(job_id), _KEEP_DROPPED_S)
-
     # --- upkeep ---------------------------------------------------------------------------------------------------
-
-    def reconcile(self) -> int:
-        """Put right every job that the queue has lost. Returns how many.
-
-        A service may die between record and queue; rq may drop a job whose worker was late, or fail it without telling
-        us. Whatever is not over here and not alive there is enqueued again, or ended.
-        """
-        mended = 0
-        for job_id, status in self._statuses():
-            if status is None:  # its record has run out
-                self._remove_files(job_id)
-                self._redis.zrem(JOBS_KEY, job_id)
-                self._redis.srem(QUEUED_KEY, job_id)
-            elif not status.is_terminal and (record := self.records.get(job_id)) and self._is_lost(record):
-                self._recover(record)
-                mended += 1
-        return mended
-
-    def _statuses(self) -> list[tuple[str, Status | None]]:
-        ids = cast(list[str], self._redis.zrange(JOBS_KEY, 0, -1))
-        with self._redis.pipeline(transaction=False) as pipeline:
-            for job_id in ids:
-                pipeline.hget(record_key(job_id), "status")
-            found = pipeline.execute()
-        return [(job_id, Status(status) if status else None) for job_id, status in zip(ids, found, strict=True)]
-
-    def _is_lost(self, record: Record) -> bool:
-        # A moment's grace: the record of a request in flight comes before its place in the queue, and the end of a
-        # job before rq's.
-        if now() - (record.started_at or record.created_at) < _GRACE_S:
-            return False
-        try:
-            job = Job.fetch(record.id, connection=self._queue.connection, serializer=JSONSerializer)
-        except NoSuchJobError:
-            return True
-        return job.get_status() in (JobStatus.FINISHED, JobStatus.FAILED, JobStatus.STOPPED, JobStatus.CANCELED)
-
-    def _recover(self, record: Record) -> None:
-        # Nothing of the lost one may show in the new one, which has the same id.
-        self._queue.remove(record.id)
-        connection = self._queue.connection
-        connection.delete(Job.key_for(record.id), ExecutionRegistry(record.id, connection).key)
-        alive = (Status.QUEUED, Status.RUNNING)
-        try:
-            if record.status is Status.CANCELLING:
-                self.records.change(record, (Status.CANCELLING,), status=Status.CANCELLED, finished_at=now())
-            elif record.attempt >= MAX_ATTEMPTS:
-                why = {"error_code": "worker_crashed", "error_message": "every attempt at this video was lost"}
-                self.records.change(record, alive, fence=True, status=Status.FAILED, finished_at=now(), **why)
-            else:
-                self.records.change(record, alive, fence=True, status=Status.QUEUED, progress=0.0)
-                self._enqueue(record.id)
-        except Refused:
-            return  # it has moved on by itself
-        log.warning("%s: %s here and lost in the queue; put right", record.id, record.status)
 
     def sweep(self) -> int:
         """Remove the files of what has expired; its record still answers for a while. Returns how many."""
         swept = 0
         over = (Status.SUCCEEDED, Status.FAILED, Status.CANCELLED)
         oldest_kept = now() - 3600 * self._settings.retention_hours
-        for job_id in cast(list[str], self._redis.zrange(JOBS_KEY, "-inf", oldest_kept, byscore=True)):
+        for job_id in cast(list[str], self._redis.zrange(Record.index_key, "-inf", oldest_kept, byscore=True)):
             record = self.records.get(job_id)
             if record is None or record.status not in over or record.expires_at > now():
                 continue
@@ -355,7 +184,7 @@ class JobStore:
 
     def upkeep(self) -> None:
         """`reconcile` and `sweep`, by one service at a time."""
-        if self._redis.set("flg:upkeep", "1", nx=True, ex=25):
+        if self._alone():
             self.reconcile()
             self.sweep()
             if self._redis.set("flg:upkeep:orphans", "1", nx=True, ex=_ORPHAN_S):

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from datetime import UTC, datetime
-from typing import Annotated
+from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from worker.contract import ModelCard, Phase, Record, Seed, Status
+from worker.contract import Distillation, JobRecord, ModelCard, Phase, Progress, Record, Seed, Status
 
 
 class GenerateFields(BaseModel):
@@ -19,6 +19,15 @@ class GenerateFields(BaseModel):
     seed: Seed | None = Field(default=None, description="Of the starting noise; drawn at random when absent")
     model: str | None = Field(default=None, description="Name of the model; there is one active at a time")
     steps: int | None = Field(default=None, description="Only the model's own number of steps is possible")
+
+
+class DistillationFields(BaseModel):
+    """The body of `POST /admin/distillations`."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    recipe: str = Field(description="One of `distill.recipes`", examples=["shapes"])
+    preset: str = Field(default="full", description="How much of it to run: full, quick, smoke")
 
 
 class ErrorBody(BaseModel):
@@ -40,8 +49,13 @@ class Links(BaseModel):
     """Where to go from here."""
 
     self: str
-    events: str
     cancel: str
+
+
+class FollowedLinks(Links):
+    """The same for what can be followed."""
+
+    events: str
 
 
 class Generation(BaseModel):
@@ -65,13 +79,39 @@ class Generation(BaseModel):
     started_at: datetime | None = None
     finished_at: datetime | None = None
     expires_at: datetime
-    links: Links
+    links: FollowedLinks
 
 
 class GenerationPage(BaseModel):
     """One page of a listing, newest first; pass ``last_id`` as ``after`` for the next."""
 
     data: list[Generation]
+    has_more: bool
+    last_id: str | None
+
+
+class DistillationView(BaseModel):
+    """One distillation as an administrator sees it."""
+
+    id: str
+    object: str = "distillation"
+    status: Status
+    recipe: str
+    preset: str
+    progress: Progress | None = Field(default=None, description="What the run has reported last")
+    attempt: int = Field(description="Number of starts that count: those whose trainer was killed, and the present one")
+    student: str | None = Field(default=None, description="The finished student's folder, under that of all runs")
+    error: ErrorBody | None = None
+    created_at: datetime
+    started_at: datetime | None = None
+    finished_at: datetime | None = None
+    links: Links
+
+
+class DistillationPage(BaseModel):
+    """One page of a listing, newest first; pass ``last_id`` as ``after`` for the next."""
+
+    data: list[DistillationView]
     has_more: bool
     last_id: str | None
 
@@ -109,7 +149,6 @@ def generation(
     """The client's view of a record. ``origin`` begins every link, without a slash at its end."""
     done = record.status is Status.SUCCEEDED
     working = record.status in (Status.RUNNING, Status.CANCELLING)
-    failed = record.error_code is not None and record.status is Status.FAILED
     video = f"{origin}/videos/{record.id}"
     this = f"{origin}/generate/{record.id}"
     return Generation(
@@ -123,17 +162,42 @@ def generation(
         video_url=f"{video}.mp4" if done else None,
         thumbnail_url=f"{video}.jpg" if done else None,
         manifest_url=f"{video}.json" if done else None,
-        error=ErrorBody(message=record.error_message or "", type="generation_error", code=record.error_code or "")
-        if failed
-        else None,
         model=record.model,
         seed=record.seed,
-        created_at=_moment(record.created_at),
-        started_at=_moment(record.started_at) if record.started_at else None,
-        finished_at=_moment(record.finished_at) if record.finished_at else None,
         expires_at=_moment(record.expires_at),
-        links=Links(self=this, events=f"{this}/events", cancel=f"{this}/cancel"),
+        links=FollowedLinks(self=this, events=f"{this}/events", cancel=f"{this}/cancel"),
+        **_end_and_times(record),
     )
+
+
+def distillation(record: Distillation, origin: str) -> DistillationView:
+    """The administrator's view of a record."""
+    this = f"{origin}/admin/distillations/{record.id}"
+    return DistillationView(
+        id=record.id,
+        status=record.status,
+        recipe=record.recipe,
+        preset=record.preset,
+        progress=record.progress,
+        attempt=record.attempt,
+        student=record.student,
+        links=Links(self=this, cancel=f"{this}/cancel"),
+        **_end_and_times(record),
+    )
+
+
+def _end_and_times(record: JobRecord) -> dict[str, Any]:
+    """What a view of any job says of how it ended and when."""
+    error = None
+    if record.error_code is not None and record.status is Status.FAILED:
+        kind = f"{record.noun}_error"
+        error = ErrorBody(message=record.error_message or "", type=kind, code=record.error_code)
+    return {
+        "error": error,
+        "created_at": _moment(record.created_at),
+        "started_at": _moment(record.started_at) if record.started_at else None,
+        "finished_at": _moment(record.finished_at) if record.finished_at else None,
+    }
 
 
 def _moment(seconds: float) -> datetime:

@@ -12,7 +12,18 @@ from tests.stack import RedisServer, Stack, new_record
 from worker.contract import Record
 from worker.records import Records, connect
 
-OUR_VARIABLES = ("REDIS_URL", "STORAGE_URL", "PUBLIC_URL", "HOST", "PORT", "MODEL", "DEVICE", "MAX_QUEUED", "LEASE_S")
+OUR_VARIABLES = (
+    "REDIS_URL",
+    "STORAGE_URL",
+    "PUBLIC_URL",
+    "HOST",
+    "PORT",
+    "MODEL",
+    "DEVICE",
+    "MAX_QUEUED",
+    "LEASE_S",
+    "RUNS",
+)
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -36,16 +47,16 @@ def redis_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RedisServ
 
 
 @pytest.fixture
-def records(redis_server: RedisServer) -> Iterator[Records]:
+def records(redis_server: RedisServer) -> Iterator[Records[Record]]:
     """The records of an empty Redis."""
     client = connect(redis_server.url)
     client.flushdb()
-    yield Records(client)
+    yield Records(client, Record)
     client.close()
 
 
 @pytest.fixture
-def record(records: Records) -> Record:
+def record(records: Records[Record]) -> Record:
     """A job that has just been accepted."""
     made = new_record()
     records.create(made, max_queued=10)

@@ -16,7 +16,7 @@ from pathlib import Path
 import httpx
 import redis
 
-from service.jobs import new_id
+from service.ids import new_id
 from worker.contract import Record, Status
 from worker.records import now
 
@@ -42,7 +42,7 @@ def redis_binary() -> str:
 def new_record(model: str = "shapes-teacher") -> Record:
     """A job as the service writes it."""
     return Record(
-        id=new_id(),
+        id=new_id("vid"),
         status=Status.QUEUED,
         prompt="a red circle grows",
         seed=1,
@@ -138,10 +138,10 @@ class Stack:
         self.environment = {**os.environ, **ours, "REDIS_URL": self.redis.url, "MIN_FREE_BYTES": "0", **settings}
         self.processes: dict[str, subprocess.Popen[bytes]] = {}
 
-    def spawn(self, module: str) -> subprocess.Popen[bytes]:
+    def spawn(self, module: str, *arguments: str) -> subprocess.Popen[bytes]:
         """Start `python -m module`, its output in the stack's folder."""
         with (self.folder / f"{module}.log").open("ab") as log:
-            command = [sys.executable, "-m", module]
+            command = [sys.executable, "-m", module, *arguments]
             process = subprocess.Popen(command, cwd=self.root, env=self.environment, stdout=log, stderr=log)
         self.processes[module] = process
         return process

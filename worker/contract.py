@@ -1,4 +1,4 @@
-"""What service and worker agree on: the job record, its states, the names of queue, functions, keys and files.
+"""What service and workers agree on: the job records, their states, the names of queues, functions, keys and files.
 
 The record (a Redis hash) is the truth about a job and is written before the job is enqueued; rq only carries the id.
 Nothing here opens a connection or a file. pydantic only.
@@ -6,24 +6,32 @@ Nothing here opens a connection or a file. pydantic only.
 
 from __future__ import annotations
 
+import json
 from enum import StrEnum
-from typing import Annotated
+from typing import Annotated, Any, ClassVar, Self
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, field_validator
 
 from distill.prompt import Prompt
 
-# One queue: with a single one rq moves a job to a worker atomically (BLMOVE); with two it can lose it.
+# One queue for each kind of worker: from a single one rq moves a job to a worker atomically (BLMOVE); with two it can
+# lose it.
 QUEUE = "gpu"
+TRAIN_QUEUE = "train"
 GENERATE = "worker.jobs.generate"
 GENERATE_FAILED = "worker.jobs.generate_failed"
-ALLOWED_FUNCTIONS = frozenset({GENERATE})
+DISTILL = "worker.training.distill"
+DISTILL_FAILED = "worker.training.distill_failed"
+ALLOWED_FUNCTIONS = frozenset({GENERATE, DISTILL})
 """What a worker runs when the queue asks for it; anything else is refused."""
+ALLOWED_CALLBACKS = frozenset({GENERATE_FAILED, DISTILL_FAILED})
+"""What it calls when an attempt was lost."""
 
 MAX_ATTEMPTS = 3
 """Starts of one job before it fails: a job that kills its worker must not kill every worker in turn."""
 
 JobId = Annotated[str, StringConstraints(pattern=r"^vid_[0-9a-z]{26}$")]
+DistillationId = Annotated[str, StringConstraints(pattern=r"^dist_[0-9a-z]{26}$")]
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
 """A JSON number that every client keeps exact."""
 
@@ -54,40 +62,119 @@ class Phase(StrEnum):
     SAVING = "saving"
 
 
-class Record(BaseModel):
-    """One job, as the hash at ``record_key(id)`` holds it. Times are seconds since the epoch."""
+class JobRecord(BaseModel):
+    """What is known of any job, as the hash at ``record_key(id)`` holds it. Times are seconds since the epoch."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    id: JobId
+    noun: ClassVar[str]
+    """What messages call such a job."""
+    queue: ClassVar[str]
+    function: ClassVar[str]
+    on_lost: ClassVar[str]
+    """The function that rq calls when an attempt was lost."""
+    index_key: ClassVar[str]
+    """Sorted set of the ids of all such jobs by time of creation."""
+    queued_key: ClassVar[str]
+    """Set of the ids of those whose status is queued: what admission counts."""
+    anew: ClassVar[dict[str, Any]] = {}
+    """Fields that each attempt begins with; the others go on from where the one before ended."""
+
+    id: str
     status: Status
-    prompt: str
-    """As the model reads it (the canonical sentence)."""
-    seed: Seed
-    model: str
-    """Name of the model that it was accepted for."""
     created_at: float
-    expires_at: float
-    phase: Phase | None = None
-    progress: float = 0.0
-    """Share of the work done, 0 to 1."""
     started_at: float | None = None
     finished_at: float | None = None
     attempt: int = 0
     """Number of starts; also the fence: only the writer with the current one may change the record."""
     worker: str | None = None
-    model_sha256: str | None = None
     error_code: str | None = None
     error_message: str | None = None
 
+    @property
+    def forget_at(self) -> int:
+        """When Redis may drop the record."""
+        raise NotImplementedError
+
     def to_hash(self) -> dict[str, str]:
-        """Fields for HSET; what is None is left out."""
-        return {name: str(value) for name, value in self.model_dump(mode="json", exclude_none=True).items()}
+        """Fields for HSET; what is None is left out, what is no text is JSON."""
+        values = self.model_dump(mode="json", exclude_none=True)
+        return {name: value if isinstance(value, str) else json.dumps(value) for name, value in values.items()}
 
     @classmethod
-    def from_hash(cls, values: dict[str, str]) -> Record:
+    def from_hash(cls, values: dict[str, str]) -> Self:
         """Read what HGETALL returned."""
         return cls.model_validate(values)
+
+
+class Record(JobRecord):
+    """One video."""
+
+    noun = "generation"
+    queue = QUEUE
+    function = GENERATE
+    on_lost = GENERATE_FAILED
+    index_key = "flg:jobs"
+    queued_key = "flg:queued"
+    anew: ClassVar[dict[str, Any]] = {"progress": 0.0}
+
+    id: JobId
+    prompt: str
+    """As the model reads it (the canonical sentence)."""
+    seed: Seed
+    model: str
+    """Name of the model that it was accepted for."""
+    expires_at: float
+    phase: Phase | None = None
+    progress: float = 0.0
+    """Share of the work done, 0 to 1."""
+    model_sha256: str | None = None
+
+    @property
+    def forget_at(self) -> int:
+        """A week after its files are gone."""
+        return int(self.expires_at) + 7 * 24 * 3600
+
+
+class Progress(BaseModel):
+    """How far a distillation has come: the end of its `events.jsonl`."""
+
+    model_config = ConfigDict(frozen=True)
+
+    stage: str
+    step: int
+    steps: int | None = None
+    """Of the stage, where it counts them beforehand."""
+    values: dict[str, float] = {}
+    """Loss and whatever else the stage reports, each as last seen."""
+
+
+class Distillation(JobRecord):
+    """One distillation: a run of `python -m distill run`."""
+
+    noun = "distillation"
+    queue = TRAIN_QUEUE
+    function = DISTILL
+    on_lost = DISTILL_FAILED
+    index_key = "flg:distillations"
+    queued_key = "flg:distillations:queued"
+
+    id: DistillationId
+    recipe: str
+    preset: str
+    progress: Progress | None = None
+    student: str | None = None
+    """The finished student's folder, relative to that of all runs."""
+
+    @field_validator("progress", mode="before")
+    @classmethod
+    def _from_json(cls, value: object) -> object:
+        return json.loads(value) if isinstance(value, str) else value
+
+    @property
+    def forget_at(self) -> int:
+        """A year after it was asked for; its run folder stays."""
+        return int(self.created_at) + 365 * 24 * 3600
 
 
 class VideoSize(BaseModel):
@@ -140,12 +227,8 @@ class Heartbeat(BaseModel):
 # --- keys and files --------------------------------------------------------------------------------------------------
 
 ACTIVE_MODEL_KEY = "flg:model:active"
-JOBS_KEY = "flg:jobs"
-"""Sorted set of all job ids by time of creation."""
 SECONDS_KEY = "flg:seconds"
 """Hash: model name -> moving average of the seconds that a job takes, for the ETA."""
-QUEUED_KEY = "flg:queued"
-"""Set of the ids of all jobs whose status is queued: what admission counts."""
 WORKERS_KEY = "flg:workers"
 """Set of the names of workers; whose heartbeat has run out is no longer one."""
 

@@ -1,14 +1,13 @@
 """`GpuWorker`: an rq worker that keeps the model in its process.
 
 rq's own `Worker` forks for every job, which CUDA does not survive; its `SimpleWorker` stays in one process but beats no
-heart during a job and cannot stop one. Added here: a lease that a thread renews, a cooperative stop, an allow-list of
-functions, and a heartbeat of our own that says more than rq's.
+heart during a job and cannot stop one. Added here: a lease that a thread renews, a cooperative stop, and a heartbeat of
+our own that says more than rq's.
 """
 
 from __future__ import annotations
 
 import logging
-import secrets
 import signal
 import threading
 from collections.abc import Callable
@@ -19,53 +18,14 @@ from redis.exceptions import RedisError
 from rq import Queue, SimpleWorker
 from rq.executions import Execution
 from rq.job import Job
-from rq.serializers import JSONSerializer
 from rq.worker import WorkerStatus
 
-from worker.contract import ALLOWED_FUNCTIONS, GENERATE_FAILED, QUEUE, WORKERS_KEY, Heartbeat, WorkerState, worker_key
+from worker.contract import QUEUE, WORKERS_KEY, Heartbeat, WorkerState, worker_key
 from worker.jobs import Runtime
+from worker.queues import Leased
 from worker.records import now
 
 log = logging.getLogger(__name__)
-
-
-class ForbiddenFunction(Exception):
-    """The queue named a function that is not ours to run."""
-
-
-class VideoJob(Job):
-    """A job that runs nothing but what the contract lists: with any serializer, the queue could name `os.system`."""
-
-    @property
-    def func(self) -> Callable[..., Any]:
-        """The function to call. Raises ``ForbiddenFunction``."""
-        if self.func_name not in ALLOWED_FUNCTIONS:
-            raise ForbiddenFunction(f"{self.func_name!r} is not one of {sorted(ALLOWED_FUNCTIONS)}")
-        function: Callable[..., Any] = super().func
-        return function
-
-    @property
-    def failure_callback(self) -> Callable[..., Any] | None:
-        """What rq calls when an attempt is lost: ours or nothing."""
-        return super().failure_callback if self._failure_callback_name == GENERATE_FAILED else None
-
-    @property
-    def success_callback(self) -> None:
-        """We use none, so whoever asks for one is not us."""
-
-    @property
-    def stopped_callback(self) -> None:
-        """As above."""
-
-
-def make_queue(redis: Redis) -> Queue:
-    """The one queue. ``redis`` must not decode responses."""
-    return Queue(QUEUE, connection=redis, serializer=JSONSerializer, job_class=VideoJob)
-
-
-def unique_name() -> str:
-    """A name for a worker that no restart will meet again (rq refuses a name that a killed worker still holds)."""
-    return f"worker-{secrets.token_hex(4)}"
 
 
 class Pulse(threading.Thread):
@@ -106,29 +66,13 @@ class Pulse(threading.Thread):
             log.warning("no heartbeat written: %s", error)
 
 
-class GpuWorker(SimpleWorker):
+class GpuWorker(Leased, SimpleWorker):
     """One process, one model, one job at a time."""
 
-    job_class = VideoJob
-
     def __init__(self, redis: Redis, runtime: Runtime, pulse: Pulse, lease_s: int) -> None:
-        super().__init__(
-            [make_queue(redis)],
-            name=runtime.name,
-            connection=redis,
-            serializer=JSONSerializer,
-            job_class=VideoJob,
-            maintenance_interval=max(lease_s // 4, 1),
-            worker_ttl=max(lease_s // 4, 1) + 15,  # rq waits worker_ttl - 15 s for a job, then sees to maintenance
-            log_job_description=False,
-        )
+        super().__init__(redis, QUEUE, runtime.name, lease_s)
         self._runtime = runtime
         self._pulse = pulse
-        self._lease_s = lease_s
-
-    def get_heartbeat_ttl(self, job: Job, working_time: float = 0.0) -> int:  # noqa: ARG002
-        """Seconds until a job is given up for lost if its lease is not renewed."""
-        return self._lease_s
 
     def execute_job(self, job: Job, queue: Queue) -> None:
         """Run one job in this process, its lease renewed by the pulse."""

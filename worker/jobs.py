@@ -1,8 +1,7 @@
 """What the queue calls: one generation, from its record to the published files.
 
-The record is the truth and the queue only carries the id, so a job that the queue delivers twice (after a crash, or a
-lease that ran out) is harmless: the attempt number fences off whoever is late, and the outputs are the same bytes under
-the same names.
+The record is the truth and the queue only carries the id, so a job that the queue delivers twice is harmless:
+`worker.attempts` fences off whoever is late, and the outputs are the same bytes under the same names.
 """
 
 from __future__ import annotations
@@ -15,6 +14,7 @@ import platform
 import threading
 import time
 from dataclasses import dataclass, field
+from functools import partial
 from importlib.metadata import version
 from types import TracebackType
 from typing import Any, cast
@@ -26,23 +26,13 @@ from rq.job import Job
 from rq.timeouts import JobTimeoutException
 
 from worker import video
-from worker.contract import (
-    MAX_ATTEMPTS,
-    OUTPUT_SUFFIXES,
-    SECONDS_KEY,
-    Phase,
-    Record,
-    Status,
-    input_path,
-    output_path,
-)
+from worker.attempts import attempt, fail, finish, lost
+from worker.contract import OUTPUT_SUFFIXES, SECONDS_KEY, Phase, Record, Status, input_path, output_path
 from worker.pipeline import Result, VideoPipeline
-from worker.records import Records, Refused, now
+from worker.records import Records, Refused
 from worker.storage import Storage
 
 log = logging.getLogger(__name__)
-
-_ACTIVE = (Status.RUNNING, Status.CANCELLING)
 
 
 class Cancelled(Exception):
@@ -55,7 +45,7 @@ class Runtime:
 
     name: str
     pipeline: VideoPipeline
-    records: Records
+    records: Records[Record]
     storage: Storage
     stop_job: threading.Event = field(default_factory=threading.Event)
     """Set by rq's stop-job command."""
@@ -77,111 +67,46 @@ def _installed() -> Runtime:
 
 
 def generate(job_id: str) -> None:
-    """Run one job (called by rq).
-
-    A failure of the job itself ends in its record and returns; only a failure of the plumbing (Redis, storage) is
-    raised, so that rq tries again, and only by the attempt that is current: what a late one meets is not the job's.
-    """
+    """Run one job (called by rq)."""
     runtime = _installed()
-    record = runtime.records.get(job_id)
-    if record is None:
-        log.warning("%s: there is no such record; it was deleted while queued", job_id)
-        return
-    try:
-        record = _claim(runtime, record)
-    except Refused as refused:
-        log.info("%s: not started, it is %s", job_id, refused.found)
-        _acknowledge_cancel(runtime, record)
-        return
-    try:
-        _attempt(runtime, record)
-    except Refused as refused:
-        log.warning("%s: attempt %d gave way, the job is %s", job_id, record.attempt, refused.found)
-    except (RedisError, OSError) as error:
-        if _held(runtime, job_id, record.attempt):
-            raise
-        log.warning("%s: attempt %d is no longer the current one (%s)", job_id, record.attempt, error)
-
-
-def _attempt(runtime: Runtime, record: Record) -> None:
-    """One attempt at a job that is ours. Raises ``Refused``, ``RedisError``, ``OSError``, or ``Cancelled`` for rq."""
-    if record.attempt > MAX_ATTEMPTS:
-        _fail(runtime, record, "worker_crashed", f"the worker died {MAX_ATTEMPTS} times while making this video")
-        return
-    if record.model != runtime.pipeline.card.name:
-        message = f"{record.model} was replaced by {runtime.pipeline.card.name} while this job waited; send it again"
-        _fail(runtime, record, "model_gone", message)
-        return
-    try:
-        _run(runtime, record)
-    except Cancelled:
-        _finish(runtime, record, Status.CANCELLED)
-        if runtime.stop_job.is_set():
-            raise  # rq asked for it, and records STOPPED
-    except (Refused, RedisError, OSError):
-        raise
-    except JobTimeoutException:
-        _fail(runtime, record, "timed_out", "the video was not ready in the time that a job may take")
-    except Exception as error:
-        log.exception("%s failed", record.id)
-        _fail(runtime, record, "generation_failed", f"the model could not make this video ({type(error).__name__})")
+    attempt(
+        runtime.records,
+        job_id,
+        runtime.name,
+        partial(_attempt, runtime),
+        model_sha256=runtime.pipeline.card.sha256,
+        phase=Phase.ENCODING,
+    )
 
 
 def generate_failed(
     job: Job, _connection: Redis, kind: type[BaseException], value: BaseException | None, _trace: TracebackType | None
 ) -> None:
-    """Called by rq when an attempt was lost: Redis or the storage failed, or its worker died. Puts the record right."""
-    records = _installed().records  # rq's own connection answers in bytes
-    record = records.get(job.args[0])
-    if record is None or record.status.is_terminal:
+    """Called by rq when an attempt was lost."""
+    lost(_installed().records, job, kind, value)  # rq's own connection answers in bytes
+
+
+def _attempt(runtime: Runtime, record: Record) -> None:
+    """One attempt at a job that is ours. Raises ``Refused``, ``RedisError``, ``OSError``, or ``Cancelled`` for rq."""
+    if record.model != runtime.pipeline.card.name:
+        message = f"{record.model} was replaced by {runtime.pipeline.card.name} while this job waited; send it again"
+        fail(runtime.records, record, "model_gone", message)
         return
     try:
-        if record.status is Status.CANCELLING:
-            records.change(record, _ACTIVE, status=Status.CANCELLED, finished_at=now())
-        elif job.retries_left:
-            records.change(record, _ACTIVE, status=Status.QUEUED, progress=0.0)
-        else:
-            message = f"every attempt at this video was lost; the last one to {kind.__name__}"
-            _end_as_failed(records, record, (Status.QUEUED, *_ACTIVE), "worker_crashed", message)
-    except Refused as refused:
-        log.info("%s: left as it is, %s", record.id, refused.found)
-    log.warning("%s: attempt %d lost (%s: %s)", record.id, record.attempt, kind.__name__, value)
-
-
-def _claim(runtime: Runtime, record: Record) -> Record:
-    """Make the job ours: the next attempt. A running job may be claimed: its worker's lease has run out."""
-    try:
-        return runtime.records.change(
-            record,
-            (Status.QUEUED, Status.RUNNING),
-            fence=True,
-            status=Status.RUNNING,
-            attempt=record.attempt + 1,
-            started_at=now(),
-            worker=runtime.name,
-            model_sha256=runtime.pipeline.card.sha256,
-            phase=Phase.ENCODING,
-            progress=0.0,
-        )
-    except Refused:
-        # The connection may have dropped after the claim was written and before we were told; the client then sent
-        # it again, and it met our own claim.
-        if found := _held(runtime, record.id, record.attempt + 1):
-            return found
+        _run(runtime, record)
+    except Cancelled:
+        finish(runtime.records, record, Status.CANCELLED)
+        if runtime.stop_job.is_set():
+            raise  # rq asked for it, and records STOPPED
+    except (Refused, RedisError, OSError):
         raise
-
-
-def _held(runtime: Runtime, job_id: str, attempt: int) -> Record | None:
-    """The record as it is now, if this worker holds the job and this attempt is the current one."""
-    found = runtime.records.get(job_id)
-    return found if found and (found.worker, found.attempt) == (runtime.name, attempt) else None
-
-
-def _acknowledge_cancel(runtime: Runtime, record: Record) -> None:
-    try:
-        runtime.records.change(record, (Status.CANCELLING,), status=Status.CANCELLED, finished_at=now())
-    except Refused:
-        pass
+    except JobTimeoutException:
+        message = "the video was not ready in the time that a job may take"
+        fail(runtime.records, record, "timed_out", message)
+    except Exception as error:
+        log.exception("%s failed", record.id)
+        message = f"the model could not make this video ({type(error).__name__})"
+        fail(runtime.records, record, "generation_failed", message)
 
 
 def _run(runtime: Runtime, record: Record) -> None:
@@ -190,12 +115,12 @@ def _run(runtime: Runtime, record: Record) -> None:
     runtime.stop_job.clear()
     if runtime.storage.exists(output_path(record.id, "json")):
         # An earlier attempt published everything (the manifest is last) and died before it could say so.
-        _finish(runtime, record, Status.SUCCEEDED)
+        finish(runtime.records, record, Status.SUCCEEDED, progress=1.0)
         return
     try:
         image_bytes = runtime.storage.read(input_path(record.id))
     except FileNotFoundError:
-        _fail(runtime, record, "input_missing", "the input image is no longer in the storage")
+        fail(runtime.records, record, "input_missing", "the input image is no longer in the storage")
         return
 
     def on_progress(phase: Phase, share: float) -> None:
@@ -218,7 +143,7 @@ def _run(runtime: Runtime, record: Record) -> None:
     manifest = _manifest(runtime, record, result, image_bytes, mp4)
     runtime.storage.write(output_path(record.id, "json"), (json.dumps(manifest, indent=2) + "\n").encode())
     try:
-        _finish(runtime, record, Status.SUCCEEDED)
+        finish(runtime.records, record, Status.SUCCEEDED, progress=1.0)
     except Refused as refused:
         if refused.found != "missing":
             raise
@@ -226,22 +151,6 @@ def _run(runtime: Runtime, record: Record) -> None:
             runtime.storage.delete(output_path(record.id, suffix))
         return
     _learn_duration(runtime, time.perf_counter() - started)
-
-
-def _finish(runtime: Runtime, record: Record, status: Status) -> None:
-    """End the job, unless somebody else has. A success that meets a late cancel stays a success."""
-    changes: dict[str, Any] = {"progress": 1.0} if status is Status.SUCCEEDED else {}
-    runtime.records.change(record, _ACTIVE, fence=True, status=status, finished_at=now(), **changes)
-    log.info("%s %s, attempt %d", record.id, status, record.attempt)
-
-
-def _fail(runtime: Runtime, record: Record, code: str, message: str) -> None:
-    _end_as_failed(runtime.records, record, _ACTIVE, code, message)
-
-
-def _end_as_failed(records: Records, record: Record, since: tuple[Status, ...], code: str, message: str) -> None:
-    changes: dict[str, Any] = {"error_code": code, "error_message": message, "finished_at": now()}
-    records.change(record, since, fence=True, status=Status.FAILED, **changes)
 
 
 def _learn_duration(runtime: Runtime, seconds: float) -> None:

@@ -7,15 +7,15 @@ import os
 import sys
 
 import torch
-from pydantic import ValidationError
 
 from distill.student import FolderError
 from worker import jobs
-from worker.contract import ACTIVE_MODEL_KEY, Heartbeat, WorkerState
-from worker.gpu_worker import GpuWorker, Pulse, unique_name
+from worker.contract import ACTIVE_MODEL_KEY, Heartbeat, Record, WorkerState
+from worker.gpu_worker import GpuWorker, Pulse
 from worker.pipeline import VideoPipeline
+from worker.queues import unique_name
 from worker.records import Records, connect, now
-from worker.settings import Settings
+from worker.settings import Settings, read
 from worker.storage import Storage
 
 log = logging.getLogger("worker")
@@ -24,18 +24,12 @@ log = logging.getLogger("worker")
 def main() -> int:
     """Run until SIGTERM; the job at hand is finished first. Exit code 2: a setting or the model folder is wrong."""
     logging.basicConfig(level="INFO", stream=sys.stderr, format="%(asctime)s worker  %(levelname)s %(message)s")
-    try:
-        settings = Settings()
-    except ValidationError as error:
-        for problem in error.errors():
-            name = ".".join(str(part) for part in problem["loc"]).upper()
-            sys.stderr.write(f"error: {name}={problem['input']}: {problem['msg']}\n")
-        return 2
+    settings = read(Settings)
     device = settings.device
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
 
-    name = unique_name()
+    name = unique_name("worker")
     redis = connect(settings.redis_url)
     started = now()
     heartbeat = Heartbeat(
@@ -60,7 +54,7 @@ def main() -> int:
     phases = ", ".join(f"{phase} {seconds:.2f} s" for phase, seconds in timings.items())
     log.info("%s ready in %.1f s: %s", settings.model.name, now() - started, phases)
 
-    runtime = jobs.Runtime(name, pipeline, Records(redis), Storage(settings.storage_url))
+    runtime = jobs.Runtime(name, pipeline, Records(redis, Record), Storage(settings.storage_url))
     jobs.install(runtime)
     card = pipeline.model_card
     redis.set(ACTIVE_MODEL_KEY, card.model_dump_json())

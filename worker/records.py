@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Iterable
-from typing import Any, cast
+from typing import Any, Generic, TypeVar, cast
 
 from redis import Redis
 from redis.asyncio import Redis as AsyncRedis
@@ -21,12 +21,10 @@ from redis.retry import Retry
 
 from worker.contract import (
     ACTIVE_MODEL_KEY,
-    JOBS_KEY,
-    QUEUED_KEY,
     WORKERS_KEY,
     Heartbeat,
+    JobRecord,
     ModelCard,
-    Record,
     Status,
     WorkerState,
     events_key,
@@ -34,9 +32,9 @@ from worker.contract import (
     worker_key,
 )
 
-KEEP_RECORD_S = 7 * 24 * 3600
-"""How long an expired job's record still answers after its files are gone."""
 KEEP_EVENTS_S = 24 * 3600
+
+RecordT = TypeVar("RecordT", bound=JobRecord)
 
 # KEYS: record, events, queued ids. ARGV: statuses it may change from (each between spaces), attempt that must still be
 # current or "", changed fields as JSON for the event stream, seconds to keep the stream, id, then field, value, ...
@@ -98,20 +96,21 @@ def connect_async(url: str) -> AsyncRedis:
     )
 
 
-class Records:
-    """The records of one Redis."""
+class Records(Generic[RecordT]):
+    """The records of one kind in one Redis."""
 
-    def __init__(self, redis: Redis) -> None:
+    def __init__(self, redis: Redis, kind: type[RecordT]) -> None:
         self.redis = redis
+        self.kind = kind
         self._change = redis.register_script(_CHANGE)
         self._create = redis.register_script(_CREATE)
 
-    def get(self, job_id: str) -> Record | None:
+    def get(self, job_id: str) -> RecordT | None:
         """One record, or None where there is no such job."""
         values = cast(dict[str, str], self.redis.hgetall(record_key(job_id)))
-        return Record.from_hash(values) if values else None
+        return self.kind.from_hash(values) if values else None
 
-    def create(self, record: Record, max_queued: int) -> None:
+    def create(self, record: RecordT, max_queued: int) -> None:
         """Write a new record and count it as queued, in one call, so that no two requests share the last place.
 
         Raises:
@@ -119,12 +118,12 @@ class Records:
         """
         fields = record.to_hash()
         answer = self._create(
-            keys=[record_key(record.id), JOBS_KEY, QUEUED_KEY],
+            keys=[record_key(record.id), self.kind.index_key, self.kind.queued_key],
             args=[
                 max_queued,
                 record.id,
                 record.created_at,
-                int(record.expires_at) + KEEP_RECORD_S,
+                record.forget_at,
                 *(part for pair in fields.items() for part in pair),
             ],
         )
@@ -133,17 +132,17 @@ class Records:
 
     def num_queued(self) -> int:
         """Jobs that wait for a worker."""
-        return self.redis.scard(QUEUED_KEY)
+        return self.redis.scard(self.kind.queued_key)
 
     def delete(self, job_id: str) -> None:
         """Forget a job."""
         with self.redis.pipeline() as pipeline:
             pipeline.delete(record_key(job_id), events_key(job_id))
-            pipeline.zrem(JOBS_KEY, job_id)
-            pipeline.srem(QUEUED_KEY, job_id)
+            pipeline.zrem(self.kind.index_key, job_id)
+            pipeline.srem(self.kind.queued_key, job_id)
             pipeline.execute()
 
-    def change(self, record: Record, since: Iterable[Status], *, fence: bool = False, **changes: Any) -> Record:
+    def change(self, record: RecordT, since: Iterable[Status], *, fence: bool = False, **changes: Any) -> RecordT:
         """Change fields of a record that is in one of the states ``since``; returns it as changed.
 
         Args:
@@ -158,7 +157,7 @@ class Records:
         after = record.model_copy(update=changes)
         values = {name: value for name, value in after.to_hash().items() if name in changes}
         answer = self._change(
-            keys=[record_key(record.id), events_key(record.id), QUEUED_KEY],
+            keys=[record_key(record.id), events_key(record.id), self.kind.queued_key],
             args=[
                 f" {' '.join(since)} ",
                 str(record.attempt) if fence else "",

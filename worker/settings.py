@@ -1,30 +1,36 @@
-"""The worker's settings, read from the environment once, at start. Bad values are refused there."""
+"""The settings of worker and trainer, read from the environment once, at start. Bad values are refused there."""
 
 from __future__ import annotations
 
 import os
+import sys
 from pathlib import Path
-from typing import Literal
+from typing import Literal, TypeVar
 
-from pydantic import Field, field_validator
+from pydantic import Field, ValidationError, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 MODELS_DIR = Path(__file__).resolve().parent.parent / "models"
 
 
-class Settings(BaseSettings):
+class QueueSettings(BaseSettings):
     """Each field is the environment variable of the same name in capitals."""
 
     model_config = SettingsConfigDict(frozen=True, extra="ignore")
 
     redis_url: str = "redis://127.0.0.1:6379/0"
+    lease_s: int = Field(default=60, ge=4)
+    """A job whose worker has been silent for so long is given to another."""
+
+
+class Settings(QueueSettings):
+    """The worker's."""
+
     storage_url: str = "var/storage"
     model: Path = Path("shapes-teacher")
     """A folder under `models/`, or a path to one."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     torch_threads: int = Field(default=os.cpu_count() or 1, ge=1)
-    lease_s: int = Field(default=60, ge=4)
-    """A job whose worker has been silent for so long is given to another."""
 
     @field_validator("model")
     @classmethod
@@ -35,3 +41,24 @@ class Settings(BaseSettings):
         raise ValueError(
             f"MODEL={value} is no model folder: there is no {value}/model_index.json here or under {MODELS_DIR.name}/"
         )
+
+
+class TrainerSettings(QueueSettings):
+    """The trainer's."""
+
+    runs: Path = Path("var/runs")
+    """Where each distillation has its folder."""
+
+
+SettingsT = TypeVar("SettingsT", bound=QueueSettings)
+
+
+def read(kind: type[SettingsT]) -> SettingsT:
+    """The settings of one program; ends it with exit code 2 and a line for each value that is wrong."""
+    try:
+        return kind()
+    except ValidationError as error:
+        for problem in error.errors():
+            name = ".".join(str(part) for part in problem["loc"]).upper()
+            sys.stderr.write(f"error: {name}={problem['input']}: {problem['msg']}\n")
+        raise SystemExit(2) from None

@@ -7,17 +7,27 @@ N token, L text token, D text width.
 
 from __future__ import annotations
 
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor
+from diffusers import WanTransformer3DModel
+from torch import Tensor, nn
 
 NUM_TRAIN_TIMESTEPS = 1000
+
+LORA_TARGETS = ("to_q", "to_k", "to_v", "to_out.0", "ffn.net.0.proj", "ffn.net.2")
+"""The linear layers of a block, by the end of their names."""
 
 
 def encode_video(vae: Any, video_BCTHW: Tensor) -> Tensor:
     """Normalised latents (posterior mean) of a video in [-1, 1] with 4 n + 1 frames."""
-    latents_BCTHW = vae.encode(video_BCTHW.to(vae.dtype)).latent_dist.mean
+    return normalise(vae, vae.encode(video_BCTHW.to(vae.dtype)).latent_dist.mean)
+
+
+def normalise(vae: Any, latents_BCTHW: Tensor) -> Tensor:
+    """Latents as the transformer sees them, from latents as the autoencoder gives them."""
     mean_C, std_C = _statistics(vae, latents_BCTHW)
     return (latents_BCTHW - mean_C) / std_C
 
@@ -74,3 +84,55 @@ def predict_velocity(
     timestep_BN[:, :tokens_per_frame] = 0
     output = transformer(hidden_states=x_BCTHW, timestep=timestep_BN, encoder_hidden_states=text_BLD, return_dict=False)
     return output[0]
+
+
+# --- depth ----------------------------------------------------------------------------------------------------------
+
+
+def blocks(transformer: Any) -> nn.ModuleList:
+    """The residual blocks in order: what can be skipped, and what a budget of parameters counts."""
+    return transformer.blocks
+
+
+@contextmanager
+def skipping(transformer: Any, skipped: Collection[int]) -> Iterator[None]:
+    """Within it, calls of ``transformer`` bypass the blocks ``skipped``: the residual stream passes unchanged.
+
+    F(.; M) of the paper. The weights are the same objects, so gradients reach the blocks that are run.
+    """
+    whole = transformer.blocks
+    transformer.blocks = nn.ModuleList(block for i, block in enumerate(whole) if i not in skipped)
+    try:
+        yield
+    finally:
+        transformer.blocks = whole
+
+
+@contextmanager
+def last_tokens(transformer: Any) -> Iterator[list[Tensor]]:
+    """Within it, each call adds the residual stream after the last block, ``[B, N, D]``, to the list."""
+    seen: list[Tensor] = []
+    hook = transformer.norm_out.register_forward_pre_hook(lambda _module, inputs: seen.append(inputs[0]))
+    try:
+        yield seen
+    finally:
+        hook.remove()
+
+
+def without_blocks(transformer: Any, pruned: Collection[int]) -> WanTransformer3DModel:
+    """A new transformer, a copy of this one's weights with the blocks ``pruned`` gone and the rest numbered anew."""
+    kept = [i for i in range(len(transformer.blocks)) if i not in pruned]
+    smaller = WanTransformer3DModel.from_config({**transformer.config, "num_layers": len(kept)})
+    smaller.load_state_dict(_renumbered(transformer.state_dict(), kept))
+    return smaller.to(transformer.device)
+
+
+def _renumbered(weights: dict[str, Tensor], kept: list[int]) -> dict[str, Tensor]:
+    after: dict[str, Tensor] = {}
+    for name, weight in weights.items():
+        head, *tail = name.split(".")
+        if head != "blocks":
+            after[name] = weight
+        elif (number := int(tail[0])) in kept:
+            after[".".join(["blocks", str(kept.index(number)), *tail[1:]])] = weight
+    return after

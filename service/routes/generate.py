@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator
 from contextlib import suppress
 from typing import Annotated, Any
 
-from fastapi import APIRouter, Header, Query, Request, Response
+from fastapi import APIRouter, Header, Request, Response
 from pydantic import ValidationError
 from redis.exceptions import RedisError
 from sse_starlette import EventSourceResponse, ServerSentEvent
@@ -16,7 +16,7 @@ from starlette.concurrency import run_in_threadpool
 from starlette.datastructures import UploadFile
 
 from service import events, images
-from service.deps import Context, ContextDep, JobIdDep, OriginDep
+from service.deps import AfterDep, Context, ContextDep, JobIdDep, LimitDep, OriginDep
 from service.errors import ApiError
 from service.schema import ErrorEnvelope, GenerateFields, Generation, GenerationPage, generation
 from worker.contract import Record
@@ -90,10 +90,7 @@ def read(job_id: JobIdDep, context: ContextDep, origin: OriginDep) -> Generation
 
 @router.get("/generate", responses=_ERRORS)
 def list_generations(
-    context: ContextDep,
-    origin: OriginDep,
-    limit: Annotated[int, Query(ge=1, le=100)] = 20,
-    after: Annotated[str | None, Query(description="`last_id` of the page before")] = None,
+    context: ContextDep, origin: OriginDep, limit: LimitDep = 20, after: AfterDep = None
 ) -> GenerationPage:
     """Newest first."""
     records, has_more = context.store.page(limit, after)

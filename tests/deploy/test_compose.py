@@ -1,7 +1,7 @@
 """docker-compose.yml and Dockerfile: the rules they keep, and each of their commands started as a process.
 
-There need not be a Docker engine. What a container would see at /data, /secret and /storage lies in a temporary folder
-here, and `redis:6379` is a port of the loopback; arguments, environment and health checks are the files' own.
+There need not be a Docker engine. What a container would see at /data, /secret, /storage and /runs lies in a temporary
+folder here, and `redis:6379` is a port of the loopback; arguments, environment and health checks are the files' own.
 """
 
 from __future__ import annotations
@@ -113,8 +113,16 @@ def test_the_service_image_has_no_torch() -> None:
 
 
 def test_whoever_runs_may_read_the_models() -> None:
-    copied = [line for name in ("service", "worker") for line in stages()[name]["COPY"] if " models" in line]
-    assert copied == ["--chown=app models/examples models/examples", "--chown=app models models"]
+    copied = [line for name in ("service", "worker", "trainer") for line in stages()[name]["COPY"] if " models" in line]
+    assert copied == ["--chown=app models/examples models/examples", *["--chown=app models models"] * 2]
+
+
+def test_the_trainer_comes_when_asked_for_and_may_write_its_runs() -> None:
+    assert SERVICES["trainer"]["profiles"] == ["train"]
+    assert stages()["build-trainer"]["RUN"][-1].endswith("--editable '.[worker,distill]'")
+    [made] = [line for line in stages()["trainer"]["RUN"] if line.endswith("/runs")]
+    assert made == "install --directory --owner app --group app /runs"
+    assert image_environment("trainer")["RUNS"] == "/runs"
 
 
 def test_the_gpu_worker_is_the_worker_with_another_torch_and_device() -> None:
@@ -151,7 +159,7 @@ class Containers:
         self.folder = folder
         self.redis_port, self.port = free_port(), free_port()
         self.processes: dict[str, subprocess.Popen[bytes]] = {}
-        for name in ("data", "secret", "storage", "bin"):
+        for name in ("data", "secret", "storage", "runs", "bin"):
             (folder / name).mkdir()
         server = Path(find_redis())
         (folder / "bin" / "redis-server").symlink_to(server)
@@ -161,7 +169,7 @@ class Containers:
         """What a container sees, as it is here."""
         text = text.replace("$$", "$").replace("redis:6379", f"127.0.0.1:{self.redis_port}")
         text = text.replace("redis-cli", f"redis-cli -p {self.redis_port}").replace("8000", str(self.port))
-        return re.sub(r"(?<![\w.])/(data|secret|storage)\b", rf"{self.folder}/\1", text)
+        return re.sub(r"(?<![\w.])/(data|secret|storage|runs)\b", rf"{self.folder}/\1", text)
 
     def environment(self, name: str) -> dict[str, str]:
         """The image's, then compose's; a key without a value is handed through when it is set, which it is not here."""
@@ -202,8 +210,10 @@ def containers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Containers]
         wait_for(lambda: started.is_healthy("redis"), 20, "redis")
         started.start("service")
         started.start("worker")
+        started.start("trainer")
         wait_for(lambda: started.is_healthy("service"), 60, "service")
         wait_for(lambda: started.is_healthy("worker"), 120, "worker")
+        wait_for(lambda: started.is_healthy("trainer"), 60, "trainer")
         yield started
     finally:
         for process in reversed(list(started.processes.values())):
@@ -211,7 +221,7 @@ def containers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Containers]
 
 
 def test_every_command_becomes_healthy_and_the_stack_ready(containers: Containers) -> None:
-    assert all(containers.is_healthy(name) for name in ("redis", "service", "worker"))
+    assert all(containers.is_healthy(name) for name in ("redis", "service", "worker", "trainer"))
     assert httpx.get(f"http://127.0.0.1:{containers.port}/readyz").json()["status"] == "ready"
 
 
@@ -237,7 +247,7 @@ def test_redis_asks_for_the_password_and_forgets_nothing(containers: Containers)
 
 
 def test_every_command_ends_on_sigterm(containers: Containers) -> None:
-    for name in ("service", "worker", "redis"):
+    for name in ("service", "trainer", "worker", "redis"):
         process = containers.processes[name]
         process.send_signal(signal.SIGTERM)
         assert process.wait(int(SERVICES[name]["stop_grace_period"].removesuffix("s"))) in (0, -signal.SIGTERM), name

@@ -50,8 +50,8 @@ def running(environment: dict[str, str]) -> dict[psutil.Process, str]:
 
 
 def find(environment: dict[str, str], words: str) -> psutil.Process:
-    """The one process of the stack that has ``words`` in its command line."""
-    (process,) = [process for process, line in running(environment).items() if words in line]
+    """The one process of the stack that has these whole ``words`` in its command line."""
+    (process,) = [process for process, line in running(environment).items() if f"{words} " in f"{line} "]
     return process
 
 
@@ -74,7 +74,8 @@ def test_it_comes_up_survives_a_killed_worker_and_goes_down(environment: dict[st
     killed = find(environment, "-m worker")
     killed.kill()
     killed.wait(timeout=10)
-    wait_for(lambda: any("-m worker" in line for line in running(environment).values()), 20, "a new worker")
+    wait_for(lambda: any(line.endswith("-m worker") for line in running(environment).values()), 20, "a new worker")
+    assert find(environment, "-m worker.trainer").nice() > find(environment, "-m worker").nice()
 
     again = command("up", {**environment, "PORT": str(free_port())})
     assert again.returncode == 0, again.stdout + again.stderr
@@ -99,7 +100,8 @@ def test_dev_clears_up_after_a_killed_supervisor_and_ends_with_ctrl_c(environmen
         dev.send_signal(signal.SIGINT)
         rest, _ = dev.communicate(timeout=90)
     assert dev.returncode == 0
-    assert rest.index("stopped: service") < rest.index("stopped: worker") < rest.index("stopped: redis")
+    stopped = [rest.index(f"stopped: {name}") for name in ("service", "trainer", "worker", "redis")]
+    assert stopped == sorted(stopped)
     assert running(environment) == {}
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from distill.config import FitConfig
-from distill.loop import Interrupted, Run, compiled, fit
+from distill.loop import Diverged, Interrupted, Rival, Run, compiled, fit
 
 CONFIG = FitConfig(
     steps=12,
@@ -115,3 +115,98 @@ def test_without_a_compiler_training_goes_on_uncompiled(tmp_path, monkeypatch, c
     with run.handling_signals():
         assert compiled(run, train) is train
     assert "no C++ compiler (g++) found: training goes on uncompiled" in capsys.readouterr().err
+
+
+def fit_scalar(folder, alarms: dict[int, str], patience: int = 1) -> tuple[float, list[dict]]:
+    """A weight that grows by about the learning rate a step, looked at every two steps."""
+    model = nn.Linear(1, 1, bias=False)
+    nn.init.zeros_(model.weight)
+    config = CONFIG.model_copy(update={"ema_decay": 0.0, "sample_every": 2, "weight_decay": 0.0})
+    looks: list[int] = []
+
+    def sample(_path):
+        looks.append(len(looks))
+        return {"look": float(len(looks))}
+
+    run = Run(folder, seed=0)
+    with run.handling_signals():
+        fit(
+            run, "stage", model, lambda *_: (-model.weight.sum(), {}), config, sample,
+            alarm=lambda values: alarms.get(int(values["look"])), patience=patience,
+        )  # fmt: skip
+    return model.weight.item(), [json.loads(line) for line in (folder / "events.jsonl").read_text().splitlines()]
+
+
+def test_alarms_in_a_row_end_the_stage_with_the_last_good_weights(tmp_path):
+    whole, _ = fit_scalar(tmp_path / "whole", {})
+    kept, events = fit_scalar(tmp_path / "ended", {3: "it flickers", 4: "it flickers"}, patience=2)
+    assert [event["alarm"] for event in events if "alarm" in event] == ["it flickers"] * 2
+    assert events[-1]["ended"] == "last good weights"
+    assert events[-1]["step"] == 8
+    good, _ = fit_scalar(tmp_path / "at the second look", {3: "", 4: ""})
+    assert 0 < kept < whole == good
+    single, _ = fit_scalar(tmp_path / "single", {3: "it flickers"}, patience=2)
+    assert single == whole  # one alarm among good looks ends nothing
+
+
+def test_an_alarm_at_the_last_look_keeps_the_weights_of_the_one_before(tmp_path):
+    whole, _ = fit_scalar(tmp_path / "whole", {})
+    kept, events = fit_scalar(tmp_path / "last", {6: "it flickers"}, patience=3)
+    assert 0 < kept < whole
+    assert events[-1]["ended"] == "last good weights"
+
+
+def test_without_good_weights_the_stage_fails(tmp_path):
+    with pytest.raises(Diverged, match=r"stage: it flickers; lower the learning rate"):
+        fit_scalar(tmp_path, {1: "it flickers"})
+    assert not (tmp_path / "stage.safetensors").exists()
+
+
+def test_rivals_are_updated_so_often_before_each_step_and_keep_out_of_each_other(tmp_path):
+    one, other = nn.Linear(1, 1, bias=False), nn.Linear(1, 1, bias=False)
+    order: list[tuple[str, int]] = []
+
+    def step(number, _generator):
+        order.append(("step", number))
+        # Its gradient reaches the rival's weight too, and must not move it.
+        return (one.weight * 1e-3 + other.weight).sum(), {}
+
+    def critic(number, _generator):
+        order.append(("critic", number))
+        return other.weight.square().sum(), {"gap": 2.0}
+
+    config = CONFIG.model_copy(update={"steps": 2, "ema_decay": 0.0, "weight_decay": 0.0, "learning_rate": 1e-4})
+    frozen = config.model_copy(update={"learning_rate": 1e-30})
+    before = other.weight.item()
+    run = Run(tmp_path, seed=0)
+    with run.handling_signals():
+        fit(run, "s", one, step, config, lambda _: {}, rivals=[Rival("critic", other, critic, frozen, updates=3)])
+    calls = [("critic", 0), ("critic", 1), ("critic", 2), ("step", 0), ("critic", 3), ("critic", 4), ("critic", 5)]
+    assert order == [*calls, ("step", 1)]
+    assert other.weight.item() == pytest.approx(before, abs=1e-12)
+    last = [json.loads(line) for line in (tmp_path / "events.jsonl").read_text().splitlines() if '"loss"' in line][-1]
+    assert last["critic_gap"] == 2.0
+    assert last["critic_loss"] == pytest.approx(before**2, rel=1e-5)
+
+
+def test_accumulated_batches_make_the_update_of_their_mean(tmp_path):
+    def trained(folder, accumulate, batches):
+        model = nn.Linear(1, 1, bias=False)
+        nn.init.ones_(model.weight)
+        config = CONFIG.model_copy(update={"steps": 2, "ema_decay": 0.0, "accumulate": accumulate})
+        seen = []
+
+        def loss(number, _generator):
+            seen.append(number)
+            return sum((model.weight.sum() - target) ** 2 for target in batches(number)) / len(batches(number)), {}
+
+        run = Run(folder, seed=0)
+        with run.handling_signals():
+            fit(run, "s", model, loss, config, lambda _: {})
+        return model.weight.item(), seen
+
+    targets = [1.0, 2.0, 5.0, 7.0]
+    split, numbers = trained(tmp_path / "split", 2, lambda n: [targets[n]])
+    joint, _ = trained(tmp_path / "joint", 1, lambda n: targets[2 * n : 2 * n + 2])
+    assert numbers == [0, 1, 2, 3]
+    assert split == pytest.approx(joint, rel=1e-6)

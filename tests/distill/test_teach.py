@@ -68,7 +68,7 @@ def test_the_run_leaves_its_traces(run_folder):
     config = TeachConfig.model_validate_json((run_folder / "config.json").read_text())
     assert config.vae.frames.steps == 3
     stages = {json.loads(line)["stage"] for line in (run_folder / "events.jsonl").read_text().splitlines()}
-    assert stages == {"vae-frames", "vae-clips", "vae-polish", "transformer", "teach"}
+    assert stages == {"vae-frames", "vae-clips", "vae-polish", "latents", "transformer", "teach"}
     assert sorted(p.name for p in (run_folder / "samples").iterdir()) == [
         "transformer-000003.png",
         "vae-clips-000002.png",

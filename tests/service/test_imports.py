@@ -1,14 +1,17 @@
-"""The service is small: a fresh interpreter that has it has no torch."""
+"""Service and trainer are small: a fresh interpreter that has either has no torch."""
 
 import subprocess
 import sys
 
+import pytest
+
 from tests.stack import ROOT
 
 
-def test_the_service_does_not_import_torch():
+@pytest.mark.parametrize("modules", ["service.app, service.__main__", "worker.trainer"])
+def test_service_and_trainer_do_not_import_torch(modules):
     code = (
-        "import service.app, service.__main__, sys; "
+        f"import {modules}, sys; "
         "heavy = {'torch', 'diffusers', 'transformers', 'tensorrt', 'numpy'} & set(sys.modules); "
         "sys.exit(f'imported: {heavy}' if heavy else 0)"
     )

@@ -11,11 +11,12 @@ from rq.serializers import JSONSerializer
 from distill.data import shapes
 from distill.prompt import Prompt
 from service.errors import ApiError
-from service.jobs import JobStore, created_at, new_id
+from service.ids import created_at, new_id
+from service.jobs import JobStore
 from service.schema import GenerateFields
 from service.settings import Settings
-from worker.contract import ACTIVE_MODEL_KEY, ModelCard, Status, VideoSize, input_path, output_path
-from worker.gpu_worker import make_queue
+from worker.contract import ACTIVE_MODEL_KEY, QUEUE, ModelCard, Status, VideoSize, input_path, output_path
+from worker.queues import make_queue
 from worker.records import connect, now
 from worker.storage import Storage
 
@@ -68,7 +69,12 @@ def submit(example_image):
 @pytest.fixture
 def an_hour_passes(monkeypatch):
     """Call it, and it is an hour later for the upkeep."""
-    return lambda: monkeypatch.setattr("service.jobs.now", lambda: time.time() + 3700)
+
+    def pass_by() -> None:
+        for module in ("jobs", "store"):
+            monkeypatch.setattr(f"service.{module}.now", lambda: time.time() + 3700)
+
+    return pass_by
 
 
 def rq_job(store, record) -> Job:
@@ -80,7 +86,7 @@ def files(tmp_path) -> set[str]:
 
 
 def test_an_id_tells_its_age():
-    assert created_at(new_id()) == pytest.approx(time.time(), abs=2)
+    assert created_at(new_id("vid")) == pytest.approx(time.time(), abs=2)
 
 
 # --- admission ------------------------------------------------------------------------------------------------------
@@ -104,7 +110,7 @@ def test_no_more_jobs_are_queued_than_may_be_however_many_come_at_once(make_stor
     for thread in threads:
         thread.join()
     assert sorted(answers) == [202] * 5 + [503] * 19
-    assert store.records.num_queued() == make_queue(store._queue.connection).count == 5
+    assert store.records.num_queued() == make_queue(store._queue.connection, QUEUE).count == 5
     assert len(files(tmp_path)) == 5
     first, _ = store.page(5, None)
     store.cancel(first[0].id)
@@ -155,7 +161,7 @@ def test_a_healthy_queue_is_left_alone(store, submit, an_hour_passes):
     record = submit(store)
     an_hour_passes()
     assert store.reconcile() == 0
-    assert make_queue(store._queue.connection).job_ids == [record.id]
+    assert make_queue(store._queue.connection, QUEUE).job_ids == [record.id]
 
 
 @pytest.mark.parametrize("state", [Status.QUEUED, Status.RUNNING])
@@ -164,7 +170,7 @@ def test_what_the_queue_has_lost_is_queued_again(store, submit, an_hour_passes, 
     record = submit(store)
     if state is Status.RUNNING:
         record = store.records.change(record, (Status.QUEUED,), status=state, attempt=1, started_at=now())
-    queue = make_queue(store._queue.connection)
+    queue = make_queue(store._queue.connection, QUEUE)
     queue.remove(record.id)
     if loss == "missing":
         rq_job(store, record).delete()
@@ -207,7 +213,7 @@ def test_a_request_in_flight_is_not_taken_for_lost(store, submit):
 
 def test_files_that_no_job_owns_are_removed_when_they_are_old(store, submit, tmp_path, an_hour_passes):
     kept = submit(store)
-    nobody = new_id()
+    nobody = new_id("vid")
     for path in (input_path(nobody), output_path(nobody, "mp4")):
         (tmp_path / path).parent.mkdir(exist_ok=True)
         (tmp_path / path).write_bytes(b"x")

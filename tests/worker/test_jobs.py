@@ -8,7 +8,8 @@ from distill.prompt import Prompt
 from distill.student import Card, Video
 from tests.stack import new_record
 from worker import jobs
-from worker.contract import Phase, Status, input_path, output_path
+from worker.attempts import claim
+from worker.contract import Phase, Record, Status, input_path, output_path
 from worker.pipeline import Result
 from worker.records import Records, Refused, connect
 from worker.storage import Storage
@@ -51,7 +52,7 @@ class MomentaryPipeline:
 def runtime(redis_server, tmp_path):
     client = connect(redis_server.url)
     client.flushdb()
-    made = jobs.Runtime("worker-a", MomentaryPipeline(), Records(client), Storage(str(tmp_path)))
+    made = jobs.Runtime("worker-a", MomentaryPipeline(), Records(client, Record), Storage(str(tmp_path)))
     jobs.install(made)
     yield made
     jobs._runtime = None
@@ -92,14 +93,14 @@ def test_a_claim_whose_answer_was_lost_is_still_ours(runtime, job, monkeypatch):
 
     with monkeypatch.context() as patch:
         patch.setattr(runtime.records, "change", twice)
-        claimed = jobs._claim(runtime, job)
+        claimed = claim(runtime.records, job, "worker-a")
     assert (claimed.attempt, claimed.worker) == (1, "worker-a")
 
 
 def test_a_claim_that_another_worker_won_is_not_ours(runtime, job):
     runtime.records.change(job, (Status.QUEUED,), status=Status.RUNNING, attempt=1, worker="worker-b")
     with pytest.raises(Refused):
-        jobs._claim(runtime, job)
+        claim(runtime.records, job, "worker-a")
 
 
 @pytest.mark.parametrize("trouble", [None, OSError("storage down")])

@@ -5,13 +5,13 @@ import re
 
 import pytest
 
-from service.jobs import new_id
+from service.ids import new_id
 from worker.contract import Phase, Status, events_key, record_key
 from worker.records import Refused
 
 
 def test_ids_are_unique_and_sort_by_age():
-    ids = [new_id() for _ in range(2000)]
+    ids = [new_id("vid") for _ in range(2000)]
     assert len(set(ids)) == 2000
     assert all(re.fullmatch(r"vid_[0-9a-z]{26}", i) for i in ids)
     assert [i[:10] for i in ids] == sorted(i[:10] for i in ids)

@@ -13,8 +13,8 @@ from service.jobs import JobStore
 from service.schema import GenerateFields
 from service.settings import Settings
 from tests.stack import ROOT, Stack, run_with, wait_for
-from worker.contract import Status, output_path
-from worker.gpu_worker import make_queue
+from worker.contract import QUEUE, Status, output_path
+from worker.queues import make_queue
 from worker.records import connect, ready_workers
 from worker.storage import Storage
 
@@ -57,7 +57,7 @@ def status(store, record) -> Status:
 
 def test_a_function_that_is_not_listed_is_not_run(own, queue_redis, tmp_path):
     victim = tmp_path / "touched"
-    queue = make_queue(queue_redis)
+    queue = make_queue(queue_redis, QUEUE)
     for function in ("os.system", "worker.jobs.install"):
         job = queue.enqueue(function, f"touch {victim}")
         wait_for(lambda job=job: job.get_status(refresh=True) == "failed", 30, f"{function} to be refused")
@@ -135,7 +135,7 @@ def test_a_job_whose_every_attempt_is_lost_fails(own, store, submit, queue_redis
     wait_for(lambda: status(store, record) is Status.FAILED, 120, "the job to be given up")
     after = store.get(record.id)
     assert after.error_code == "worker_crashed"
-    assert make_queue(queue_redis).count == 0
+    assert make_queue(queue_redis, QUEUE).count == 0
 
 
 @pytest.mark.parametrize(

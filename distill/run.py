@@ -1,0 +1,181 @@
+"""`python -m distill run RECIPE FOLDER`: from a teacher to a few-step student with fewer blocks.
+
+    1 latents      what the teacher's autoencoder makes of the clips
+    2 importance   stage I: which blocks matter least
+    3 pruning      stage II: weights that work at many depths
+    4 matching     stage III: the few-step student
+    5 student      FOLDER/student, written aside and renamed
+
+Each step is skipped where its result is in the folder: the same command resumes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from diffusers import WanImageToVideoPipeline
+
+from distill import report, schedule, student
+from distill.config import ConfigError, DistillConfig
+from distill.loop import Run, remember
+from distill.stages import importance, matching, pruning, watch
+from distill.stages.given import Given
+
+OUTPUTS = {
+    "latents": ("latents-train.safetensors", "latents-dev.safetensors"),
+    "importance": ("importance.json", "importance.png"),
+    "pruning": ("pruning.safetensors",),
+    "matching": ("matching.safetensors",),
+}
+"""What each stage leaves for the next."""
+
+
+def distil(folder: Path, config: DistillConfig, begun: Path | None = None) -> Path:
+    """Run all three stages, or what is left of them, and return the student's folder.
+
+    Args:
+        folder: the run's.
+        config: see ``DistillConfig``.
+        begun: another run's folder, whose stages are taken over as far as they had the same inputs.
+
+    Raises:
+        ConfigError: the folder was begun with another configuration or teacher, or the configuration cannot work.
+        FolderError: the teacher's folder is broken.
+        Interrupted: a signal came; the same command goes on.
+        Diverged: a stage had no good weights to keep.
+    """
+    teacher = student.read_card(Path(config.teacher))
+    if teacher.kind != "teacher" or teacher.backbone != "wan" or teacher.task != "ti2v":
+        raise ConfigError(
+            f"{config.teacher} is a {teacher.kind} of backbone {teacher.backbone}, task {teacher.task}; "
+            "a teacher of backbone wan, task ti2v is wanted"
+        )
+    remember(folder, config)
+    _same_teacher(folder, teacher)
+    if begun is not None:
+        _take_over(begun, folder, config, teacher.sha256)
+    _write_json(folder / "stages.json", stage_inputs(config, teacher.sha256))
+    run = Run(folder, config.seed)
+    out = folder / "student"
+    with run.handling_signals():
+        given = Given(run, config)
+        found = importance.run(run, given, config.importance, config.pruning.unimportant)
+        base = pruning.run(run, given, found, config.pruning)
+        few = config.student
+        scheduler = schedule.few_step_scheduler(few.shift, few.shift_terminal)
+        watched = watch.Watch(given, config.watched, scheduler, few.num_inference_steps)
+        transformer = matching.run(run, given, found, base, config.matching, watched)
+        if not out.exists():
+            card = save(out, given, found, transformer, run)
+            sheet = folder / "samples" / "student.png"
+            run.event("student", 1, done=out.name, sha256=card.sha256, **watched.look(transformer, sheet))
+            lines = {
+                "student": f"{card.name}, sha256 {card.sha256[:12]}",
+                "teacher": f"{given.card.name}, sha256 {given.card.sha256[:12]}",
+                "blocks gone": ", ".join(map(str, found.pruned)),
+                "block parameters left": f"{found.block_ratio:.1%}",
+                "transformer parameters left": f"{found.ratio:.1%}",
+                "noise levels": ", ".join(f"{sigma:g}" for sigma in card.sigmas),
+            }
+            report.run_report(folder, lines)
+    return out
+
+
+def save(out: Path, given: Given, found: importance.Importance, transformer: Any, run: Run) -> student.Card:
+    """Write the student: a stock pipeline folder in fp16 whose scheduler is its few steps, and `student.json`."""
+    config, card = given.config, given.card
+    few = config.student
+    scheduler = schedule.few_step_scheduler(few.shift, few.shift_terminal)
+    pruned = tuple(found.pruned)
+    kept = tuple(i for i in range(len(found.drop)) if i not in pruned)
+    count = sum(p.numel() for p in transformer.parameters())
+    wall_s = report.seconds_by_stage(run.folder)
+    done = {event["stage"]: event["step"] for event in report.events(run.folder)}
+    stages = [
+        {"name": name, "config_sha256": part.sha256, "seed": config.seed, "iterations": done.get(name, 0),
+         "wall_s": round(wall_s.get(name, 0.0))}
+        for name, part in (
+            ("importance", config.importance), ("pruning", config.pruning), ("matching", config.matching)
+        )
+    ]  # fmt: skip
+
+    def save_parts(aside: Path) -> None:
+        pipe = given.pipe
+        WanImageToVideoPipeline(
+            tokenizer=pipe.tokenizer, text_encoder=pipe.text_encoder, vae=pipe.vae, scheduler=scheduler,
+            transformer=transformer, expand_timesteps=True,
+        ).save_config(aside)  # fmt: skip
+        transformer.half().save_pretrained(aside / "transformer")
+        transformer.float()
+        scheduler.save_pretrained(aside / "scheduler")
+
+    return student.write_student(
+        out,
+        given.folder,
+        student.Card(
+            kind="student",
+            name=config.name,
+            created_at=student.now(),
+            backbone=card.backbone,
+            task=card.task,
+            parameters={**card.parameters, "transformer": count},
+            call={**card.call, "num_inference_steps": few.num_inference_steps, "guidance_scale": 1.0},
+            sigmas=schedule.visited(scheduler, few.num_inference_steps),
+            prompt=card.prompt,
+            video=card.video,
+            stages=(*card.stages, *stages),
+            metrics={},
+            files={},
+            teacher=student.Origin(name=card.name, sha256=card.sha256),
+            blocks=student.Blocks(kept=kept, pruned=pruned, block_ratio=found.block_ratio, ratio=found.ratio),
+            guidance=config.matching.scores.model_dump(mode="json"),
+            code=student.code_version(),
+        ),
+        save_parts,
+    )
+
+
+def stage_inputs(config: DistillConfig, teacher_sha256: str) -> dict[str, str]:
+    """A hash of everything that each stage's result depends on."""
+    shared = [teacher_sha256, config.seed, config.num_clips, config.precision]
+    stage_one = [*shared, config.shift, config.importance.sha256, config.pruning.unimportant]
+    stage_two = [*stage_one, config.text_drop, config.pruning.sha256]
+    stage_three = [*stage_two, config.student.sha256, config.matching.sha256, config.watched]
+    inputs = {"latents": shared[:3], "importance": stage_one, "pruning": stage_two, "matching": stage_three}
+    return {name: hashlib.sha256(json.dumps(values).encode()).hexdigest() for name, values in inputs.items()}
+
+
+def _take_over(begun: Path, folder: Path, config: DistillConfig, teacher_sha256: str) -> None:
+    """Link the results of another run's stages whose inputs are the same."""
+    try:
+        theirs = json.loads((begun / "stages.json").read_text())
+    except FileNotFoundError:
+        raise ConfigError(f"--from {begun}: there is no run; give the folder of an earlier `distill run`") from None
+    taken = set()
+    for name, inputs in stage_inputs(config, teacher_sha256).items():
+        for output in OUTPUTS[name] if theirs[name] == inputs else ():
+            if (begun / output).exists() and not (folder / output).exists():
+                os.link(begun / output, folder / output)
+                taken.add(name)
+    # What they logged belongs to how the student came about.
+    lines = [json.dumps(event) + "\n" for event in report.events(begun) if event["stage"] in taken]
+    with (folder / "events.jsonl").open("a") as events:
+        events.writelines(lines)
+
+
+def _same_teacher(folder: Path, teacher: student.Card) -> None:
+    path = folder / "teacher.sha256"
+    if not path.exists():
+        path.write_text(teacher.sha256 + "\n")
+    elif path.read_text().strip() != teacher.sha256:
+        raise ConfigError(f"{folder} was begun with another version of the teacher {teacher.name}; take a new folder")
+
+
+def _write_json(path: Path, values: Any) -> None:
+    aside = path.with_suffix(".tmp")
+    aside.write_text(json.dumps(values, indent=2) + "\n")
+    os.replace(aside, path)

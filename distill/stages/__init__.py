@@ -1,0 +1,1 @@
+"""The three stages: importance (I), pruning (II), matching (III)."""

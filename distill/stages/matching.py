@@ -1,0 +1,251 @@
+"""Stage III: distribution matching with the well-guided teacher (DMD2 with FastLightGen's real score).
+
+The student makes a clip; the clip is noised; the real score says where the guided teacher would move it, the fake score
+where the student's own distribution is; the student follows the difference.
+
+    R = A + beta_1 (A - N) + beta_2 (A - P)        A full depth, N empty caption, P without the pruned blocks
+    g = (X_fake - R) / mean | y - R |               the gradient of the student's clip y
+
+Both scores come from stage II's weights. The critic is a LoRA on them (or a full copy), switched off for the real one.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig
+from torch import Tensor, nn
+
+from distill import losses, schedule
+from distill.backbones import wan
+from distill.config import CriticConfig, MatchingConfig, ScoresConfig
+from distill.loop import Rival, Run, compile_blocks, fit
+from distill.stages import watch
+from distill.stages.given import Batch, Given, noised
+from distill.stages.importance import Importance
+
+ADAPTER = "critic"
+
+
+def run(run: Run, given: Given, found: Importance, base: Any, config: MatchingConfig, watched: watch.Watch) -> Any:
+    """Train the few-step student from stage II's weights; returns its transformer, the pruned blocks removed.
+
+    Args:
+        base: stage II's transformer, of full depth. It is not changed, but given the critic's adapter.
+        watched: what is looked at on the way; its alarms end the stage with the last good weights.
+    """
+    torch.manual_seed(run.seed)  # of the critic's new weights
+    sigmas = student_sigmas(given)
+    student = wan.without_blocks(base, found.pruned).train().requires_grad_(True)
+    critic = Critic(base, config.critic, found.pruned)
+    scores = Scores(given, base, critic, found.pruned, config.scores)
+    if given.config.compile:
+        for transformer in {id(t): t for t in (student, base, critic.transformer)}.values():
+            compile_blocks(run, wan.blocks(transformer))
+    rollout = Rollout(given, student, sigmas, config.rollout)
+    gan = config.gan.student_weight > 0
+
+    def draw(number: int) -> tuple[Batch, Batch]:
+        """Conditions of the clips that are made, and other clips: the real ones of the discriminator."""
+        rows_B = given.train.rows(run, number, config.fit.batch)
+        others = given.train.rows(run, number + 1, config.fit.batch) if gan else rows_B
+        return given.batch(given.train, rows_B), given.batch(given.train, others)
+
+    def score_sigmas(count: int, generator: torch.Generator) -> Tensor:
+        sigma_B = schedule.sample_sigmas(count, config.score_shift, generator)
+        return sigma_B.clamp(config.score_min, config.score_max).to(given.device)
+
+    def critic_loss(number: int, generator: torch.Generator) -> tuple[Tensor, dict[str, float]]:
+        batch, real = draw(number)
+        with torch.no_grad():
+            y_BCTHW = rollout(batch, generator)
+        sigma_B, noise = score_sigmas(len(y_BCTHW), generator), batch.noise(generator)
+        velocity, fake_logit_B = critic(given, noised(y_BCTHW, noise, sigma_B), sigma_B, batch)
+        value = losses.flow_matching(velocity, y_BCTHW, noise)
+        if not gan:
+            return value, {}
+        noise = real.noise(generator)
+        _, real_logit_B = critic(given, noised(real.x0_BCTHW, noise, sigma_B), sigma_B, real)
+        told_apart = losses.discriminator(real_logit_B, fake_logit_B)
+        return value + config.gan.critic_weight * told_apart, {"discriminator": told_apart.item()}
+
+    def student_loss(number: int, generator: torch.Generator) -> tuple[Tensor, dict[str, float]]:
+        batch, _ = draw(number)
+        y_BCTHW = rollout(batch, generator)
+        count = len(y_BCTHW)
+        sigma_B, noise = score_sigmas(count, generator), batch.noise(generator)
+        beta_1_B, beta_2_B = (uniform(ends, count, generator) for ends in (config.scores.beta_1, config.scores.beta_2))
+        x_BCTHW = noised(y_BCTHW.detach(), noise, sigma_B)
+        with torch.no_grad():
+            real_v = scores.real(x_BCTHW, sigma_B, batch, beta_1_B, beta_2_B)
+            fake_v = scores.fake(x_BCTHW, sigma_B, batch)
+        real, fake = (losses.clean(x_BCTHW, sigma_B, v) for v in (real_v, fake_v))
+        gradient = losses.matching_gradient(y_BCTHW.detach(), real, fake)
+        value = losses.distribution_matching(y_BCTHW, gradient)
+        values = {
+            "gradient": gradient.abs().mean().item(),
+            "score_gap": (real_v - fake_v)[:, :, 1:].square().mean().item(),
+            "beta_1": beta_1_B.mean().item(),
+            "beta_2": beta_2_B.mean().item(),
+        }
+        if gan:
+            _, logit_B = critic(given, noised(y_BCTHW, noise, sigma_B), sigma_B, batch)
+            deceived = losses.deceive(logit_B)
+            value = value + config.gan.student_weight * deceived
+            values["deceive"] = deceived.item()
+        return value, values
+
+    def sample(path: Path) -> dict[str, float]:
+        return watched.look(student, path)
+
+    rival = Rival("critic", critic, critic_loss, config.critic, config.critic.updates)
+    fit(
+        run, "matching", student, student_loss, config.fit, sample, rivals=[rival],
+        alarm=lambda values: watch.alarm(values, config.limits), patience=config.limits.patience,
+    )  # fmt: skip
+    return student.eval().requires_grad_(False)
+
+
+def student_sigmas(given: Given) -> tuple[float, ...]:
+    """The noise levels that the saved scheduler will visit, the final 0 included: the trainer reads them from it."""
+    few = given.config.student
+    scheduler = schedule.few_step_scheduler(few.shift, few.shift_terminal)
+    scheduler.set_timesteps(few.num_inference_steps)
+    return tuple(scheduler.sigmas.tolist())
+
+
+def uniform(ends: tuple[float, float], count: int, generator: torch.Generator) -> Tensor:
+    """``[count]``, one draw for each clip; the same number where both ends are it."""
+    low, high = ends
+    return low + (high - low) * torch.rand(count, generator=generator)
+
+
+class Rollout:
+    """The student's own clips: it samples up to a step drawn for the batch and gives its clean estimate there.
+
+    Only that last call has a gradient (Self-Forcing, Huang et al. 2025). The steps before it are those of DMD2's
+    backward simulation (each clean estimate noised anew) or the deployed Euler steps; ``data`` starts from noised real
+    latents instead (the figure of W2SVD).
+    """
+
+    def __init__(self, given: Given, student: Any, sigmas: tuple[float, ...], kind: str) -> None:
+        self._given = given
+        self._student = student
+        self._sigmas = sigmas
+        self._kind = kind
+
+    def __call__(self, batch: Batch, generator: torch.Generator) -> Tensor:
+        """Clean latents ``[B, C, T, H, W]``, the given first frame in its place."""
+        stop = int(torch.randint(len(self._sigmas) - 1, (), generator=generator))
+        x_BCTHW = batch.noise(generator)
+        if self._kind == "data":
+            return self._clean(noised(batch.x0_BCTHW, x_BCTHW, self._level(stop, batch)), stop, batch)
+        for step in range(stop):
+            with torch.no_grad():
+                x0_BCTHW = self._clean(x_BCTHW, step, batch)
+            after_B = self._level(step + 1, batch)
+            if self._kind == "renoise":
+                x_BCTHW = noised(x0_BCTHW, batch.noise(generator), after_B)
+            else:  # x + (s' - s) v, with v = (x - x_0) / s
+                x_BCTHW = x0_BCTHW + (x_BCTHW - x0_BCTHW) * (self._sigmas[step + 1] / self._sigmas[step])
+        return self._clean(x_BCTHW, stop, batch)
+
+    def _level(self, step: int, batch: Batch) -> Tensor:
+        return torch.full((len(batch.x0_BCTHW),), self._sigmas[step], device=batch.x0_BCTHW.device)
+
+    def _clean(self, x_BCTHW: Tensor, step: int, batch: Batch) -> Tensor:
+        sigma_B = self._level(step, batch)
+        velocity = self._given.velocity(self._student, x_BCTHW, sigma_B, batch)
+        x0_BCTHW = losses.clean(x_BCTHW, sigma_B, velocity)
+        return torch.cat([batch.first_BC1HW, x0_BCTHW[:, :, 1:]], dim=2)
+
+
+class Critic(nn.Module):
+    """The fake score, a LoRA on the base (one copy of the weights serves both) or a copy, and a discriminator."""
+
+    def __init__(self, base: Any, config: CriticConfig, pruned: list[int]) -> None:
+        super().__init__()
+        self.lora = config.kind == "lora"
+        self._skipped = pruned if config.pruned else ()
+        base.requires_grad_(False)
+        if self.lora:
+            targets = [name for name, layer in base.named_modules() if name.endswith(wan.LORA_TARGETS)
+                       and isinstance(layer, nn.Linear) and name.startswith("blocks.")]  # fmt: skip
+            base.add_adapter(LoraConfig(r=config.rank, lora_alpha=config.rank, target_modules=targets), ADAPTER)
+            self.transformer = base
+        else:
+            self.transformer = copy.deepcopy(base).train().requires_grad_(True)
+        width = base.config.num_attention_heads * base.config.attention_head_dim
+        head = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, width), nn.SiLU(), nn.Linear(width, 1))
+        self.head = head.to(base.device)
+
+    def forward(self, given: Given, x_BCTHW: Tensor, sigma_B: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Velocity, and one logit for each clip: does it look real?"""
+        with wan.skipping(self.transformer, self._skipped), wan.last_tokens(self.transformer) as seen:
+            velocity = given.velocity(self.transformer, x_BCTHW, sigma_B, batch)
+        tokens_BND = seen[0].float()
+        later = tokens_BND.shape[1] // x_BCTHW.shape[2]  # the first frame's tokens are the condition
+        return velocity, self.head(tokens_BND[:, later:]).mean(dim=(1, 2))
+
+    @contextmanager
+    def scaled(self, scale: float) -> Iterator[None]:
+        """Within it the base runs with so much of the LoRA; 0 is the base alone."""
+        if not self.lora:
+            yield
+            return
+        if scale == 0:
+            self.transformer.disable_adapters()
+        else:
+            self.transformer.set_adapters(ADAPTER, scale)
+        try:
+            yield
+        finally:
+            self.transformer.enable_adapters()
+            self.transformer.set_adapters(ADAPTER, 1.0)
+
+
+class Scores:
+    """Velocities of the guided teacher and of the student's own distribution."""
+
+    def __init__(self, given: Given, base: Any, critic: Critic, pruned: list[int], config: ScoresConfig) -> None:
+        self._given = given
+        self._base = base
+        self._critic = critic
+        self._pruned = pruned
+        self._config = config
+        # beta_1 in extra units (0 is no guidance), beta_2 from full depth.
+        self._text_offset = -1.0 if config.cfg_unit == "standard" else 0.0
+        self._intra_offset = -1.0 if config.intra_mode == "interpolate" else 0.0
+
+    def real(self, x_BCTHW: Tensor, sigma_B: Tensor, batch: Batch, beta_1_B: Tensor, beta_2_B: Tensor) -> Tensor:
+        """R = A + beta_1 (A - N) + beta_2 (A - P); see ``losses.guided``."""
+        text_B = (beta_1_B + self._text_offset).to(x_BCTHW)
+        intra_B = (beta_2_B + self._intra_offset).to(x_BCTHW)
+
+        def velocity(mask: list[int], text_BLD: Tensor, network: Any = self._base) -> Tensor:
+            with wan.skipping(network, mask):
+                return self._given.velocity(network, x_BCTHW, sigma_B, batch, text_BLD)
+
+        def source(text_BLD: Tensor) -> Tensor:
+            if self._config.source == "teacher":
+                return velocity([], text_BLD, self._given.teacher)
+            if self._config.source == "pruned":
+                return velocity(self._pruned, text_BLD)
+            full = velocity([], text_BLD)
+            if self._config.source == "full":
+                return full
+            return (full + velocity(self._pruned, text_BLD)) / 2
+
+        with self._critic.scaled(self._config.alpha_weak):
+            full, uncond = source(batch.text_BLD), source(batch.empty_BLD)
+            pruned = velocity(self._pruned, batch.text_BLD) if self._pruned and intra_B.any() else None
+        return losses.guided(full, uncond, pruned, text_B, intra_B)
+
+    def fake(self, x_BCTHW: Tensor, sigma_B: Tensor, batch: Batch) -> Tensor:
+        """The critic's velocity, with the caption and without guidance."""
+        return self._critic(self._given, x_BCTHW, sigma_B, batch)[0]

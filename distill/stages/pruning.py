@@ -1,0 +1,91 @@
+"""Stage II: weights that work at many depths, by dynamic probabilistic pruning (docs/method.md)."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from distill import losses
+from distill.backbones import wan
+from distill.config import PruningConfig
+from distill.loop import Run, compile_blocks, fit
+from distill.stages.given import Given, noised
+from distill.stages.importance import Importance
+
+
+def run(run: Run, given: Given, found: Importance, config: PruningConfig) -> Any:
+    """Train the teacher's weights to do without the unimportant blocks; returns the transformer, of full depth."""
+    transformer = copy.deepcopy(given.teacher).train().requires_grad_(True)
+    if given.config.compile:
+        compile_blocks(run, wan.blocks(transformer))
+
+    def loss(number: int, generator: torch.Generator) -> tuple[Tensor, dict[str, float]]:
+        rows_B = given.train.rows(run, number, config.fit.batch)
+        drop_B = torch.rand(len(rows_B), generator=generator) < given.config.text_drop
+        batch = given.batch(given.train, rows_B, drop_B)
+        sigma_B, noise = given.sigmas(len(rows_B), generator), batch.noise(generator)
+        mask = draw_mask(found, config, generator)
+        return depth_loss(given, transformer, batch.x0_BCTHW, noise, sigma_B, batch, mask, config)
+
+    def sample(_path: Path) -> dict[str, float]:
+        return drift(run, given, transformer, found.pruned)
+
+    def alarm(values: dict[str, float]) -> str | None:
+        drifted = values["drift_full"]
+        return f"the full-depth path has drifted by {drifted:.3f}" if drifted > config.drift_limit else None
+
+    fit(run, "pruning", transformer, loss, config.fit, sample, alarm=alarm)
+    return transformer.eval().requires_grad_(False)
+
+
+def depth_loss(
+    given: Given, transformer: Any, x0_BCTHW: Tensor, noise: Tensor, sigma_B: Tensor, batch: Any,
+    mask: frozenset[int], config: PruningConfig,
+) -> tuple[Tensor, dict[str, float]]:  # fmt: skip
+    """L_II of one batch and one mask. With an empty mask and the weights themselves as target it is 0."""
+    x_BCTHW = noised(x0_BCTHW, noise, sigma_B)
+    with torch.no_grad():
+        target = transformer if config.target == "self" else given.teacher
+        unpruned = given.velocity(target, x_BCTHW, sigma_B, batch)
+    with wan.skipping(transformer, mask):
+        pruned = given.velocity(transformer, x_BCTHW, sigma_B, batch)
+    value = losses.depth_matching(pruned, unpruned, x0_BCTHW, noise, config.alpha)
+    return value, {"skipped": float(len(mask))}
+
+
+def draw_mask(found: Importance, config: PruningConfig, generator: torch.Generator) -> frozenset[int]:
+    """M* with probability q, else each block of U by itself with probability p.
+
+    It comes from the step's generator, which depends on the seed and the step alone: every rank draws the same.
+    """
+    deployed = torch.rand((), generator=generator) < config.deployed_probability
+    skipped = torch.rand(len(found.unimportant), generator=generator) < config.skip_probability
+    if deployed:
+        return frozenset(found.pruned)
+    return frozenset(block for block, gone in zip(found.unimportant, skipped.tolist(), strict=True) if gone)
+
+
+@torch.no_grad()
+def drift(run: Run, given: Given, transformer: Any, pruned: list[int]) -> dict[str, float]:
+    """On held-out clips: how far full and deployed depth are from the teacher's velocity, and from the data.
+
+    ``drift_full`` and ``drift_pruned``: mean square of the difference over that of the teacher's velocity.
+    """
+    generator = run.generator("pruning/dev", 0)
+    rows = torch.arange(len(given.dev.captions))
+    batch = given.batch(given.dev, rows)
+    sigma_B, noise = given.sigmas(len(rows), generator), batch.noise(generator)
+    x_BCTHW = noised(batch.x0_BCTHW, noise, sigma_B)
+    teachers = given.velocity(given.teacher, x_BCTHW, sigma_B, batch)
+    values = {"dev_loss_teacher": losses.velocity_error(teachers, batch.x0_BCTHW, noise).mean().item()}
+    for name, mask in (("full", []), ("pruned", pruned)):
+        with wan.skipping(transformer, mask):
+            made = given.velocity(transformer, x_BCTHW, sigma_B, batch)
+        apart = (made - teachers)[:, :, 1:].square().mean() / teachers[:, :, 1:].square().mean()
+        values[f"drift_{name}"] = apart.item()
+        values[f"dev_loss_{name}"] = losses.velocity_error(made, batch.x0_BCTHW, noise).mean().item()
+    return values

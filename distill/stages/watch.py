@@ -1,0 +1,92 @@
+"""What a student makes while it trains, beside the teacher's videos of the same images, captions and noise.
+
+The reference form of the metrics: it needs no world to fit, so it is cheap and works for any model.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import WanImageToVideoPipeline
+from torch import Tensor
+
+from distill import report, sampler
+from distill.backbones import wan
+from distill.config import LimitsConfig
+from distill.stages.given import Given
+
+KEYS = ("motion", "contrast", "saturation", "flicker")
+
+
+class Watch:
+    """Draws the first held-out clips with any transformer and compares them with the teacher's."""
+
+    def __init__(self, given: Given, clips: int, scheduler: Any, num_inference_steps: int) -> None:
+        self._given = given
+        self._scheduler = scheduler
+        self._call = {**given.card.call, "num_inference_steps": num_inference_steps, "guidance_scale": 1.0}
+        self._prompts = given.dev.captions[:clips]
+        latents = given.dev.x0_NCTHW[:clips].float().to(given.device)
+        self._drawn = torch.cat([wan.decode_latents(given.pipe.vae, part).cpu() for part in latents.split(8)])
+        self._noise = sampler.draw_noise(given.pipe, range(clips), given.card.call)
+        self._teachers: Tensor | None = None
+
+    def teachers(self) -> Tensor:
+        """The teacher's videos, by its own call; made when they are first asked for."""
+        if self._teachers is None:
+            self._teachers = self._make(self._given.pipe, self._given.card.call)
+        return self._teachers
+
+    @torch.no_grad()
+    def look(self, transformer: Any, sheet: Path) -> dict[str, float]:
+        """Ratios of what ``transformer`` makes in the student's steps to the teacher's videos, and a contact sheet."""
+        pipe = self._given.pipe
+        student = WanImageToVideoPipeline(
+            tokenizer=pipe.tokenizer, text_encoder=pipe.text_encoder, vae=pipe.vae, scheduler=self._scheduler,
+            transformer=transformer, expand_timesteps=True,
+        )  # fmt: skip
+        made, teachers = self._make(student, self._call), self.teachers()
+        shown = slice(0, 8)
+        report.contact_sheet(sheet, [self._drawn[shown], teachers[shown], made[shown]])
+        return compare(made, teachers)
+
+    def _make(self, pipe: Any, call: dict[str, Any]) -> Tensor:
+        precision = torch.bfloat16 if self._given.config.precision == "bfloat16" else torch.float32
+        return sampler.sample(pipe, self._drawn[:, :, 0], self._prompts, call, self._noise, precision).cpu()
+
+
+def compare(made_BCTHW: Tensor, reference_BCTHW: Tensor) -> dict[str, float]:
+    """Each of ``KEYS`` as the mean over clips of one set over that of another; 1 where they are alike."""
+    of_made, of_reference = _looks(made_BCTHW.clamp(-1, 1)), _looks(reference_BCTHW.clamp(-1, 1))
+    return {key: of_made[key] / max(of_reference[key], 1e-6) for key in KEYS}
+
+
+def _looks(video_BCTHW: Tensor) -> dict[str, float]:
+    grey = video_BCTHW.mean(dim=1, keepdim=True)
+    return {
+        "motion": (video_BCTHW[:, :, 1:] - video_BCTHW[:, :, :1]).abs().mean().item(),
+        "contrast": video_BCTHW[:, :, 1:].std(dim=(3, 4)).mean().item(),
+        "saturation": (video_BCTHW - grey)[:, :, 1:].abs().mean().item(),
+        "flicker": video_BCTHW.diff(n=2, dim=2).abs().mean().item(),
+    }
+
+
+def alarm(values: dict[str, float], limits: LimitsConfig) -> str | None:
+    """What is wrong with a student that looks like this, or None."""
+    names = {
+        "motion": ("the videos stand still", "the motion is exaggerated"),
+        "contrast": ("the videos are of a flat colour", "the contrast is exaggerated"),
+        "saturation": ("the colours are washed out", "the colours are over-saturated"),
+        "flicker": ("the motion has no change of speed", "the videos flicker"),
+    }
+    wrong = []
+    for key, (too_low, too_high) in names.items():
+        low, high = getattr(limits, key)
+        if not low <= values[key] <= high:
+            what = too_low if values[key] < low else too_high
+            wrong.append(f"{what} ({key} is {values[key]:.2f} of the teacher's, {low} to {high} is allowed)")
+    if (critic := values.get("critic_loss", 0.0)) > limits.critic:
+        wrong.append(f"the critic diverges (its loss is {critic:.2f}, {limits.critic} at most)")
+    return "; ".join(wrong) or None

@@ -1,0 +1,119 @@
+"""Attempts at a job of any kind: claiming it, giving way to a later one, ending it, and what is left when one is lost.
+
+The queue may deliver a job twice (after a crash, or a lease that ran out). The attempt number fences off whoever is
+late, and an attempt that is no longer the current one returns quietly, whatever it meets.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+from redis.exceptions import RedisError
+from rq.job import Job
+
+from worker.contract import MAX_ATTEMPTS, Status
+from worker.records import Records, RecordT, Refused, now
+
+log = logging.getLogger(__name__)
+
+ACTIVE = (Status.RUNNING, Status.CANCELLING)
+
+ResultT = TypeVar("ResultT")
+
+
+def attempt(
+    records: Records[RecordT], job_id: str, worker: str, work: Callable[[RecordT], ResultT], **claimed: Any
+) -> ResultT | None:
+    """Claim a job and do its ``work``; None where that is not ours to do, or no longer.
+
+    A failure of the job itself ends in its record and returns; only a failure of the plumbing (Redis, storage) is
+    raised, so that rq tries again, and only by the attempt that is current: what a late one meets is not the job's.
+
+    Args:
+        records: of the job's kind.
+        job_id: what rq was told.
+        worker: name of this process.
+        work: is given the claimed record. May raise ``Refused``, ``RedisError``, ``OSError``.
+        claimed: fields to write with the claim.
+    """
+    record = records.get(job_id)
+    if record is None:
+        log.warning("%s: there is no such record; it was deleted while queued", job_id)
+        return None
+    try:
+        record = claim(records, record, worker, **claimed)
+    except Refused as refused:
+        log.info("%s: not started, it is %s", job_id, refused.found)
+        _acknowledge_cancel(records, record)
+        return None
+    try:
+        if record.attempt > MAX_ATTEMPTS:
+            fail(records, record, "worker_crashed", f"the worker died {MAX_ATTEMPTS} times during this {record.noun}")
+            return None
+        return work(record)
+    except Refused as refused:
+        log.warning("%s: attempt %d gave way, the job is %s", job_id, record.attempt, refused.found)
+    except (RedisError, OSError) as error:
+        if held(records, record):
+            raise
+        log.warning("%s: attempt %d is no longer the current one (%s)", job_id, record.attempt, error)
+    return None
+
+
+def claim(records: Records[RecordT], record: RecordT, worker: str, **claimed: Any) -> RecordT:
+    """Make the job ours: the next attempt. A running job may be claimed: its worker's lease has run out."""
+    number = record.attempt + 1
+    changes: dict[str, Any] = {**record.anew, "attempt": number, "worker": worker, "started_at": now(), **claimed}
+    try:
+        return records.change(record, (Status.QUEUED, Status.RUNNING), fence=True, status=Status.RUNNING, **changes)
+    except Refused:
+        # The connection may have dropped after the claim was written and before we were told; the client then sent
+        # it again, and it met our own claim.
+        if found := held(records, record.model_copy(update={"worker": worker, "attempt": number})):
+            return found
+        raise
+
+
+def held(records: Records[RecordT], record: RecordT) -> RecordT | None:
+    """The record as it is now, if this attempt is still the current one."""
+    found = records.get(record.id)
+    return found if found and (found.worker, found.attempt) == (record.worker, record.attempt) else None
+
+
+def _acknowledge_cancel(records: Records[RecordT], record: RecordT) -> None:
+    try:
+        records.change(record, (Status.CANCELLING,), status=Status.CANCELLED, finished_at=now())
+    except Refused:
+        pass
+
+
+def finish(records: Records[RecordT], record: RecordT, status: Status, **changes: Any) -> None:
+    """End the job, unless somebody else has. A success that meets a late cancel stays a success."""
+    records.change(record, ACTIVE, fence=True, status=status, finished_at=now(), **changes)
+    log.info("%s %s, attempt %d", record.id, status, record.attempt)
+
+
+def fail(records: Records[RecordT], record: RecordT, code: str, message: str) -> None:
+    """End the job as failed."""
+    finish(records, record, Status.FAILED, error_code=code, error_message=message)
+
+
+def lost(records: Records[RecordT], job: Job, kind: type[BaseException], value: BaseException | None) -> None:
+    """Put the record right after rq lost an attempt: Redis or the storage failed, or its worker died."""
+    record = records.get(job.args[0])
+    if record is None or record.status.is_terminal:
+        return
+    try:
+        if record.status is Status.CANCELLING:
+            records.change(record, ACTIVE, status=Status.CANCELLED, finished_at=now())
+        elif job.retries_left:
+            records.change(record, (Status.RUNNING,), status=Status.QUEUED, **record.anew)
+        else:
+            message = f"every attempt at this {record.noun} was lost; the last one to {kind.__name__}"
+            failed: dict[str, Any] = {"status": Status.FAILED, "error_code": "worker_crashed", "error_message": message}
+            records.change(record, (Status.QUEUED, *ACTIVE), fence=True, finished_at=now(), **failed)
+    except Refused as refused:
+        log.info("%s: left as it is, %s", record.id, refused.found)
+    log.warning("%s: attempt %d lost (%s: %s)", record.id, record.attempt, kind.__name__, value)
