@@ -1,91 +1,121 @@
-"""Which teacher teaches best: short runs of stage III that differ in the real score alone.
+"""Which teacher is being taught by: clips sampled from stage III's real score itself, without any student.
 
     python -m benchmarks.guidance RUN
 
-takes over the first two stages of a finished `distill run shapes RUN`, trains one student for each variant (direction
-and strength of the intra term, source of the real score) and measures it on the dev split. Each variant's run and
-evaluation is kept under `--out`, and the same command goes on. Writes Markdown beside this file.
+takes the first two stages of a `distill run shapes RUN` and samples the guided velocity R = A + beta_1 (A - N) + beta_2
+(A - P) on held-out clips, with the same noise for every variant: direction and strength of the intra term, and whose A
+and N they are. What R's clips look like is what a student is pulled towards. Writes Markdown beside this file.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import os
-import subprocess
 import sys
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
+import torch
+from safetensors.torch import load_model
+from torch import Tensor
+
+from distill import evaluate, metrics, sampler
+from distill.backbones import wan
+from distill.config import DistillConfig
+from distill.data import shapes
+from distill.loop import Run, compile_blocks
+from distill.stages import importance, matching
+from distill.stages.given import Given
+
 OUT = Path(__file__).with_suffix(".md")
 SHOWN = (
-    "score",
-    "prompt_following",
-    "motion_amount",
-    "imaging_quality",
-    "explained_psnr_db",
-    "dynamic_degree",
-    "flicker",
-)
-VARIANTS: dict[str, dict[str, Any]] = {
-    f"{mode}, beta_2 = {beta_2:g}": {"intra_mode": mode, "beta_2": [beta_2, beta_2]}
-    for mode in ("extrapolate", "interpolate")
-    for beta_2 in (0.0, 0.25, 0.75)
-} | {
-    f"source: {source}, no intra term": {"source": source, "beta_2": [0.0, 0.0]}
-    for source in ("teacher", "pruned", "interpolated")
-}
-"""What each variant sets of `matching.scores`. `full` without an intra term is the first of all."""
+    "score", "prompt_following", "motion_amount", "subject_consistency", "imaging_quality", "validity",
+    "explained_psnr_db", "dynamic_degree", "flicker",
+)  # fmt: skip
+CHUNK = 32
+Variant = dict[str, Any]
+VARIANTS: list[Variant] = [
+    *({"source": "full", "intra_mode": mode, "beta_1": 1.0, "beta_2": beta_2}
+      for mode in ("extrapolate", "interpolate") for beta_2 in (0.0, 0.25, 0.75)),
+    *({"source": source, "intra_mode": "extrapolate", "beta_1": 1.0, "beta_2": 0.0}
+      for source in ("teacher", "pruned", "interpolated")),
+    *({"source": "teacher", "intra_mode": "extrapolate", "beta_1": beta_1, "beta_2": beta_2}
+      for beta_1, beta_2 in ((1.0, 0.25), (1.0, 0.75), (1.0, 1.5), (0.5, 0.75))),
+]  # fmt: skip
 
 
 def main() -> int:
-    """Exit code of the first command that fails, or 0."""
+    """Sample and measure every variant and write the report."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path)
-    parser.add_argument("--out", type=Path, default=Path("var/evaluations/guidance"))
-    parser.add_argument("--updates", type=int, default=40)
     parser.add_argument("--clips", type=int, default=96)
+    parser.add_argument("--steps", type=int, default=12)
+    parser.add_argument("--out", type=Path, default=OUT)
     options = parser.parse_args()
-    config = json.loads((options.run / "config.json").read_text())
-    for number, changes in enumerate(VARIANTS.values()):
-        folder = options.out / str(number)
-        scores = {**config["matching"]["scores"], **changes}
-        settings = {f"matching.scores.{name}": value for name, value in scores.items()} | {
-            "matching.fit.steps": options.updates,
-            "matching.fit.sample_every": options.updates,
-        }
-        assignments = [f"--set={name}={json.dumps(value)}" for name, value in settings.items()]
-        distil = ["run", "shapes", str(folder), "--from", str(options.run), *assignments]
-        evaluate = ["evaluate", str(folder / "student"), "--out", str(folder / "evaluation"), "--split", "dev",
-                    "--clips", str(options.clips), "--seeds", "1", "--pairs", "0"]  # fmt: skip
-        for arguments in (distil, evaluate):
-            if arguments is evaluate and (folder / "evaluation" / "report.json").exists():
-                continue
-            if code := subprocess.run([sys.executable, "-m", "distill", *arguments], check=False).returncode:  # noqa: S603
-                return code
-    OUT.write_text(_report(options.out, options.updates, options.clips, config["matching"]["scores"]))
-    sys.stdout.write(OUT.read_text())
+    config = DistillConfig.model_validate_json((options.run / "config.json").read_text())
+    run = Run(options.run, config.seed)
+    with run.handling_signals():
+        given = Given(run, config)
+        found = importance.run(run, given, config.importance, config.pruning.unimportant)
+        base = wan.without_blocks(given.teacher, ())
+        load_model(base, options.run / "pruning.safetensors")
+        critic = matching.Critic(given.backbone, base.eval(), config.matching.critic, found.pruned)
+        if config.compile:
+            compile_blocks(run, wan.blocks(base))
+        rows = [_row(given, critic, found.pruned, variant, options.clips, options.steps) for variant in VARIANTS]
+    options.out.write_text(_report(rows, config, options.clips, options.steps))
+    sys.stdout.write(options.out.read_text())
     return 0
 
 
-def _report(out: Path, updates: int, clips: int, scores: dict[str, Any]) -> str:
+@torch.no_grad()
+def _row(given: Given, critic: matching.Critic, pruned: list[int], variant: Variant, clips: int, steps: int) -> Any:
+    """The variant and its metrics, each ``[clips]``."""
+    config = given.config.matching.scores.model_copy(
+        update={"source": variant["source"], "intra_mode": variant["intra_mode"], "cfg_unit": "extra"}
+    )
+    scores = matching.Scores(given, critic.transformer, critic, pruned, config)
+    scheduler = given.pipe.scheduler
+    scheduler.set_timesteps(steps)
+    made: list[Tensor] = []
+    for first in range(0, clips, CHUNK):
+        rows = torch.arange(first, min(first + CHUNK, clips))
+        batch = given.batch(given.dev, rows)
+        x_BCTHW = sampler.draw_noise(given.pipe, rows.tolist(), given.card.call).to(given.device)
+        beta_1_B, beta_2_B = (torch.full((len(rows),), variant[name]) for name in ("beta_1", "beta_2"))
+        for sigma, after in pairwise(scheduler.sigmas.tolist()):
+            sigma_B = torch.full((len(rows),), sigma, device=given.device)
+            x_BCTHW = x_BCTHW + (after - sigma) * scores.real(x_BCTHW, sigma_B, batch, beta_1_B, beta_2_B)
+        x0_BCTHW = torch.cat([batch.first_BC1HW, x_BCTHW[:, :, 1:]], dim=2)
+        made.append(wan.decode_latents(given.pipe.vae, x0_BCTHW).cpu())
+    truth = shapes.clips(given.config.seed, shapes.SPLITS["dev"][:clips])
+    values = metrics.measure(torch.cat(made), truth, evaluate.reconstruction(given.pipe)).values
+    sys.stderr.write(f"{variant}: score {values['score'].mean():.3f}\n")
+    return variant, values
+
+
+def _report(rows: list[Any], config: DistillConfig, clips: int, steps: int) -> str:
     lines = [
         "# The real score of stage III",
         "",
-        f"`python -m benchmarks.guidance RUN --updates {updates} --clips {clips}`: from the same first two stages, "
-        f"{updates} updates of the student each, beta_1 drawn from {scores['beta_1']}, one training seed; "
-        f"{clips} clips of the dev split, one seed of noise; 95 % intervals over clips.",
+        f"`python -m benchmarks.guidance RUN --clips {clips} --steps {steps}`: clips of the guided velocity itself, "
+        f"{clips} clips of the dev split, the same noise for every row, {steps} Euler steps, {config.precision}; 95 % "
+        "intervals over clips.",
         "",
-        "| | " + " | ".join(SHOWN) + " |",
-        "|---|" + "---|" * len(SHOWN),
+        "| A, N | beta_2 counts from | beta_1 | beta_2 | " + " | ".join(SHOWN) + " |",
+        "|---|---|---:|---:|" + "---|" * len(SHOWN),
     ]
-    for number, name in enumerate(VARIANTS):
-        found = json.loads((out / str(number) / "evaluation" / "report.json").read_text())
-        summary = found["settings"][0]["summary"]["all"]
-        cells = ["{:.3f} ({:.3f} to {:.3f})".format(*summary[metric]) for metric in SHOWN]
-        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    for variant, values in rows:
+        origin = "A (extrapolate)" if variant["intra_mode"] == "extrapolate" else "P (interpolate)"
+        cells = []
+        for name in SHOWN:
+            mean, low, high = evaluate.interval(values[name][None].numpy())
+            cells.append(f"{mean:.3f} ({low:.3f} to {high:.3f})")
+        said = f"{variant['source']} | {origin} | {variant['beta_1']:g} | {variant['beta_2']:g}"
+        lines.append(f"| {said} | " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 
 

@@ -121,7 +121,7 @@ class Yardstick:
     def __init__(self, config: EvaluateConfig, pipe: Any) -> None:
         self.config = config
         self.clips, self.closed = draw_clips(config.split, config.clips)
-        self.reconstruct = _reconstruction(pipe)
+        self.reconstruct = reconstruction(pipe)
         self.pairs: shapes.Clips | None = None
         if config.diversity_pairs:
             _, indices = _by_kind(config.split, config.diversity_pairs)
@@ -214,7 +214,7 @@ def noise_seed(seed: int, index: int) -> int:
     return seed * 1_000_003 + index
 
 
-def _reconstruction(pipe: Any) -> Callable[[Tensor], Tensor]:
+def reconstruction(pipe: Any) -> Callable[[Tensor], Tensor]:
     """Encodes and decodes videos: what the model's autoencoder can show at best."""
 
     @torch.no_grad()

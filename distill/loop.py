@@ -6,6 +6,7 @@ aside and renamed. SIGTERM or Ctrl-C write one and raise ``Interrupted``: the sa
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import shutil
@@ -19,7 +20,7 @@ from dataclasses import dataclass
 from functools import wraps
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import IO, Any
 
 import torch
 from safetensors.torch import load_model, save_model
@@ -63,6 +64,13 @@ class Run:
         mixed = zlib.crc32(f"{self.seed}/{stage}/{step}".encode())
         return torch.Generator().manual_seed(mixed)
 
+    def _lock(self, file: IO[str]) -> None:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # goes with the process, however that ends
+        except BlockingIOError:
+            message = f"another process is at work in {self.folder}; wait for it or end it, or take another folder"
+            raise ConfigError(message) from None
+
     def check_stop(self) -> None:
         """Between pieces of work that are short: raise if a signal has asked to stop."""
         if self.stopping:
@@ -70,19 +78,26 @@ class Run:
 
     @contextmanager
     def handling_signals(self) -> Iterator[None]:
-        """Turn SIGTERM and SIGINT into a stop at the next step."""
+        """Turn SIGTERM and SIGINT into a stop at the next step, and keep the folder to ourselves meanwhile.
+
+        Raises:
+            ConfigError: another process is at work in it.
+        """
 
         def stop(_number: int, _frame: FrameType | None) -> None:
             self.stopping = True
 
         before = {s: signal.signal(s, stop) for s in (signal.SIGTERM, signal.SIGINT)}
+        lock = (self.folder / "lock").open("w")
         try:
+            self._lock(lock)
             yield
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
             self._board.close()
             self._events.close()
+            lock.close()
 
 
 def remember(folder: Path, config: Config) -> None:

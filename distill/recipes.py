@@ -141,11 +141,11 @@ def distill_shapes() -> DistillConfig:
         ),
         matching=MatchingConfig(
             scores=ScoresConfig(
-                source="full", intra_mode="extrapolate", cfg_unit="extra", beta_1=(0.5, 1.5), beta_2=(0.0, 0.5),
+                source="teacher", intra_mode="extrapolate", cfg_unit="extra", beta_1=(0.5, 1.5), beta_2=(0.25, 1.25),
                 alpha_weak=0.0,
             ),
             critic=CriticConfig(
-                kind="lora", rank=32, pruned=False, updates=5, optimiser="adamw", learning_rate=1e-3, warmup_steps=10,
+                kind="lora", rank=32, pruned=False, updates=3, optimiser="adamw", learning_rate=1e-3, warmup_steps=10,
                 betas=(0.0, 0.99), weight_decay=0.0, clip_norm=1.0, ema_decay=0.0,
             ),
             gan=GanConfig(student_weight=0.0, critic_weight=0.0),
@@ -158,7 +158,7 @@ def distill_shapes() -> DistillConfig:
             score_min=0.02,
             score_max=0.98,
             fit=FitConfig(
-                steps=400, batch=16, optimiser="adamw", learning_rate=1e-4, warmup_steps=20, betas=(0.0, 0.99),
+                steps=500, batch=16, optimiser="adamw", learning_rate=1e-4, warmup_steps=20, betas=(0.0, 0.99),
                 weight_decay=0.0, clip_norm=1.0, ema_decay=0.98, log_every=5, checkpoint_every=20, sample_every=50,
             ),
         ),

@@ -17,9 +17,8 @@ import os
 from pathlib import Path
 from typing import Any
 
-from diffusers import WanImageToVideoPipeline
-
 from distill import report, schedule, student
+from distill.backbones import base
 from distill.config import ConfigError, DistillConfig
 from distill.loop import Run, remember
 from distill.stages import importance, matching, pruning, watch
@@ -49,11 +48,9 @@ def distil(folder: Path, config: DistillConfig, begun: Path | None = None) -> Pa
         Diverged: a stage had no good weights to keep.
     """
     teacher = student.read_card(Path(config.teacher))
-    if teacher.kind != "teacher" or teacher.backbone != "wan" or teacher.task != "ti2v":
-        raise ConfigError(
-            f"{config.teacher} is a {teacher.kind} of backbone {teacher.backbone}, task {teacher.task}; "
-            "a teacher of backbone wan, task ti2v is wanted"
-        )
+    if teacher.kind != "teacher":
+        raise ConfigError(f"{config.teacher} is a {teacher.kind}; give the folder of a teacher")
+    base.load(teacher.backbone, teacher.task)
     remember(folder, config)
     _same_teacher(folder, teacher)
     if begun is not None:
@@ -64,11 +61,11 @@ def distil(folder: Path, config: DistillConfig, begun: Path | None = None) -> Pa
     with run.handling_signals():
         given = Given(run, config)
         found = importance.run(run, given, config.importance, config.pruning.unimportant)
-        base = pruning.run(run, given, found, config.pruning)
+        whole = pruning.run(run, given, found, config.pruning)
         few = config.student
         scheduler = schedule.few_step_scheduler(few.shift, few.shift_terminal)
         watched = watch.Watch(given, config.watched, scheduler, few.num_inference_steps)
-        transformer = matching.run(run, given, found, base, config.matching, watched)
+        transformer = matching.run(run, given, found, whole, config.matching, watched)
         if not out.exists():
             card = save(out, given, found, transformer, run)
             sheet = folder / "samples" / "student.png"
@@ -104,11 +101,7 @@ def save(out: Path, given: Given, found: importance.Importance, transformer: Any
     ]  # fmt: skip
 
     def save_parts(aside: Path) -> None:
-        pipe = given.pipe
-        WanImageToVideoPipeline(
-            tokenizer=pipe.tokenizer, text_encoder=pipe.text_encoder, vae=pipe.vae, scheduler=scheduler,
-            transformer=transformer, expand_timesteps=True,
-        ).save_config(aside)  # fmt: skip
+        given.backbone.with_parts(given.pipe, transformer, scheduler).save_config(aside)
         transformer.half().save_pretrained(aside / "transformer")
         transformer.float()
         scheduler.save_pretrained(aside / "scheduler")

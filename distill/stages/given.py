@@ -14,7 +14,7 @@ from torch import Tensor
 
 from distill import schedule, student
 from distill.autoencoder import in_one_pass
-from distill.backbones import wan
+from distill.backbones import base
 from distill.config import DistillConfig
 from distill.latents import Latents
 from distill.loop import Run, compile_blocks, plain_attention, training_device
@@ -48,13 +48,14 @@ class Given:
         folder = Path(config.teacher)
         self.folder = folder
         self.card = student.read_card(folder)
+        self.backbone = base.load(self.card.backbone, self.card.task)
         self.config = config
         self.device = training_device()
         self.pipe = student.load_pipeline(folder, self.device)
         in_one_pass(self.pipe.vae)
         self.teacher: Any = self.pipe.transformer
         if config.compile:
-            compile_blocks(run, wan.blocks(self.teacher))
+            compile_blocks(run, self.backbone.blocks(self.teacher))
         self.train = Latents.of_split(run, self.pipe.vae, "train", config.num_clips, config.compile)
         self.dev = Latents.of_split(run, self.pipe.vae, "dev", DEV_CLIPS, compile=False)
 
@@ -70,7 +71,7 @@ class Given:
     @torch.no_grad()
     def _embed(self, captions: list[str]) -> Tensor:
         length = self.card.call["max_sequence_length"]
-        return wan.encode_text(self.pipe.tokenizer, self.pipe.text_encoder, captions, length)
+        return self.backbone.encode_text(self.pipe.tokenizer, self.pipe.text_encoder, captions, length)
 
     def velocity(
         self, transformer: Any, x_BCTHW: Tensor, sigma_B: Tensor, batch: Batch, text_BLD: Tensor | None = None
@@ -79,7 +80,7 @@ class Given:
         text_BLD = batch.text_BLD if text_BLD is None else text_BLD
         reduced = self.config.precision == "bfloat16"
         with torch.autocast(self.device.type, torch.bfloat16, enabled=reduced), plain_attention():
-            return wan.predict_velocity(transformer, x_BCTHW, sigma_B, batch.first_BC1HW, text_BLD).float()
+            return self.backbone.predict_velocity(transformer, x_BCTHW, sigma_B, batch.first_BC1HW, text_BLD).float()
 
     def sigmas(self, count: int, generator: torch.Generator) -> Tensor:
         """Noise levels as the teacher was trained on them, ``[count]``."""

@@ -19,7 +19,6 @@ import torch
 from torch import Tensor
 
 from distill import losses, report, schedule
-from distill.backbones import wan
 from distill.config import ConfigError, ImportanceConfig
 from distill.loop import Run
 from distill.stages.given import Given, noised
@@ -64,12 +63,12 @@ def run(run: Run, given: Given, config: ImportanceConfig, unimportant: float) ->
     if path.exists():
         return Importance(**json.loads(path.read_text()))
     transformer = given.teacher
-    count = len(wan.blocks(transformer))
+    count = len(given.backbone.blocks(transformer))
     errors_MKS, sigma_S = _errors(run, given, config, [(), *((block,) for block in range(count))])
     drops = {name: _drops(errors_MKS, sigma_S, given.config.shift, name) for name in WEIGHTINGS}
     drop_KM = drops[config.weighting]
     drop_M = drop_KM.mean(0)
-    parameters = [sum(p.numel() for p in block.parameters()) for block in wan.blocks(transformer)]
+    parameters = [sum(p.numel() for p in block.parameters()) for block in given.backbone.blocks(transformer)]
     order = drop_M.argsort().tolist()
     if config.greedy:
         order = _greedy_order(run, given, config, order, parameters)
@@ -121,7 +120,7 @@ def _errors(run: Run, given: Given, config: ImportanceConfig, masks: list[tuple[
             sigma_B = torch.full((len(rows),), sigma, device=given.device)
             x_BCTHW = noised(batch.x0_BCTHW, noise, sigma_B)
             for number, mask in enumerate(masks):
-                with wan.skipping(given.teacher, mask):
+                with given.backbone.skipping(given.teacher, mask):
                     velocity = given.velocity(given.teacher, x_BCTHW, sigma_B, batch)
                 errors_MKS[number, rows, level] = losses.velocity_error(velocity, batch.x0_BCTHW, noise).cpu()
         run.event("importance", 0, clips=first + len(rows), masks=len(masks))

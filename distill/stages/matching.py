@@ -22,7 +22,7 @@ from peft import LoraConfig
 from torch import Tensor, nn
 
 from distill import losses, schedule
-from distill.backbones import wan
+from distill.backbones.base import Backbone
 from distill.config import CriticConfig, MatchingConfig, ScoresConfig
 from distill.loop import Rival, Run, compile_blocks, fit
 from distill.stages import watch
@@ -41,12 +41,12 @@ def run(run: Run, given: Given, found: Importance, base: Any, config: MatchingCo
     """
     torch.manual_seed(run.seed)  # of the critic's new weights
     sigmas = student_sigmas(given)
-    student = wan.without_blocks(base, found.pruned).train().requires_grad_(True)
-    critic = Critic(base, config.critic, found.pruned)
+    student = given.backbone.without_blocks(base, found.pruned).train().requires_grad_(True)
+    critic = Critic(given.backbone, base, config.critic, found.pruned)
     scores = Scores(given, base, critic, found.pruned, config.scores)
     if given.config.compile:
         for transformer in {id(t): t for t in (student, base, critic.transformer)}.values():
-            compile_blocks(run, wan.blocks(transformer))
+            compile_blocks(run, given.backbone.blocks(transformer))
     rollout = Rollout(given, student, sigmas, config.rollout)
     gan = config.gan.student_weight > 0
 
@@ -168,25 +168,30 @@ class Rollout:
 class Critic(nn.Module):
     """The fake score, a LoRA on the base (one copy of the weights serves both) or a copy, and a discriminator."""
 
-    def __init__(self, base: Any, config: CriticConfig, pruned: list[int]) -> None:
+    def __init__(self, backbone: Backbone, base: Any, config: CriticConfig, pruned: list[int]) -> None:
         super().__init__()
+        self._backbone = backbone
         self.lora = config.kind == "lora"
         self._skipped = pruned if config.pruned else ()
         base.requires_grad_(False)
         if self.lora:
-            targets = [name for name, layer in base.named_modules() if name.endswith(wan.LORA_TARGETS)
-                       and isinstance(layer, nn.Linear) and name.startswith("blocks.")]  # fmt: skip
+            within = {id(layer) for layer in backbone.blocks(base).modules() if isinstance(layer, nn.Linear)}
+            names = (name for name, layer in base.named_modules() if id(layer) in within)
+            targets = [name for name in names if name.endswith(backbone.LORA_TARGETS)]
             base.add_adapter(LoraConfig(r=config.rank, lora_alpha=config.rank, target_modules=targets), ADAPTER)
             self.transformer = base
         else:
             self.transformer = copy.deepcopy(base).train().requires_grad_(True)
-        width = base.config.num_attention_heads * base.config.attention_head_dim
+        width = backbone.width(base)
         head = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, width), nn.SiLU(), nn.Linear(width, 1))
         self.head = head.to(base.device)
 
     def forward(self, given: Given, x_BCTHW: Tensor, sigma_B: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
         """Velocity, and one logit for each clip: does it look real?"""
-        with wan.skipping(self.transformer, self._skipped), wan.last_tokens(self.transformer) as seen:
+        with (
+            self._backbone.skipping(self.transformer, self._skipped),
+            self._backbone.last_tokens(self.transformer) as seen,
+        ):
             velocity = given.velocity(self.transformer, x_BCTHW, sigma_B, batch)
         tokens_BND = seen[0].float()
         later = tokens_BND.shape[1] // x_BCTHW.shape[2]  # the first frame's tokens are the condition
@@ -228,7 +233,7 @@ class Scores:
         intra_B = (beta_2_B + self._intra_offset).to(x_BCTHW)
 
         def velocity(mask: list[int], text_BLD: Tensor, network: Any = self._base) -> Tensor:
-            with wan.skipping(network, mask):
+            with self._given.backbone.skipping(network, mask):
                 return self._given.velocity(network, x_BCTHW, sigma_B, batch, text_BLD)
 
         def source(text_BLD: Tensor) -> Tensor:

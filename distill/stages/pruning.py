@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from distill import losses
-from distill.backbones import wan
 from distill.config import PruningConfig
 from distill.loop import Run, compile_blocks, fit
 from distill.stages.given import Given, noised
@@ -21,7 +20,7 @@ def run(run: Run, given: Given, found: Importance, config: PruningConfig) -> Any
     """Train the teacher's weights to do without the unimportant blocks; returns the transformer, of full depth."""
     transformer = copy.deepcopy(given.teacher).train().requires_grad_(True)
     if given.config.compile:
-        compile_blocks(run, wan.blocks(transformer))
+        compile_blocks(run, given.backbone.blocks(transformer))
 
     def loss(number: int, generator: torch.Generator) -> tuple[Tensor, dict[str, float]]:
         rows_B = given.train.rows(run, number, config.fit.batch)
@@ -51,7 +50,7 @@ def depth_loss(
     with torch.no_grad():
         target = transformer if config.target == "self" else given.teacher
         unpruned = given.velocity(target, x_BCTHW, sigma_B, batch)
-    with wan.skipping(transformer, mask):
+    with given.backbone.skipping(transformer, mask):
         pruned = given.velocity(transformer, x_BCTHW, sigma_B, batch)
     value = losses.depth_matching(pruned, unpruned, x0_BCTHW, noise, config.alpha)
     return value, {"skipped": float(len(mask))}
@@ -83,7 +82,7 @@ def drift(run: Run, given: Given, transformer: Any, pruned: list[int]) -> dict[s
     teachers = given.velocity(given.teacher, x_BCTHW, sigma_B, batch)
     values = {"dev_loss_teacher": losses.velocity_error(teachers, batch.x0_BCTHW, noise).mean().item()}
     for name, mask in (("full", []), ("pruned", pruned)):
-        with wan.skipping(transformer, mask):
+        with given.backbone.skipping(transformer, mask):
             made = given.velocity(transformer, x_BCTHW, sigma_B, batch)
         apart = (made - teachers)[:, :, 1:].square().mean() / teachers[:, :, 1:].square().mean()
         values[f"drift_{name}"] = apart.item()

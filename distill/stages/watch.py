@@ -9,11 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import WanImageToVideoPipeline
 from torch import Tensor
 
 from distill import report, sampler
-from distill.backbones import wan
 from distill.config import LimitsConfig
 from distill.stages.given import Given
 
@@ -29,7 +27,9 @@ class Watch:
         self._call = {**given.card.call, "num_inference_steps": num_inference_steps, "guidance_scale": 1.0}
         self._prompts = given.dev.captions[:clips]
         latents = given.dev.x0_NCTHW[:clips].float().to(given.device)
-        self._drawn = torch.cat([wan.decode_latents(given.pipe.vae, part).cpu() for part in latents.split(8)])
+        self._drawn = torch.cat(
+            [given.backbone.decode_latents(given.pipe.vae, part).cpu() for part in latents.split(8)]
+        )
         self._noise = sampler.draw_noise(given.pipe, range(clips), given.card.call)
         self._teachers: Tensor | None = None
 
@@ -42,11 +42,7 @@ class Watch:
     @torch.no_grad()
     def look(self, transformer: Any, sheet: Path) -> dict[str, float]:
         """Ratios of what ``transformer`` makes in the student's steps to the teacher's videos, and a contact sheet."""
-        pipe = self._given.pipe
-        student = WanImageToVideoPipeline(
-            tokenizer=pipe.tokenizer, text_encoder=pipe.text_encoder, vae=pipe.vae, scheduler=self._scheduler,
-            transformer=transformer, expand_timesteps=True,
-        )  # fmt: skip
+        student = self._given.backbone.with_parts(self._given.pipe, transformer, self._scheduler)
         made, teachers = self._make(student, self._call), self.teachers()
         shown = slice(0, 8)
         report.contact_sheet(sheet, [self._drawn[shown], teachers[shown], made[shown]])

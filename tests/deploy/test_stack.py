@@ -83,7 +83,7 @@ def test_it_comes_up_survives_a_killed_worker_and_goes_down(environment: dict[st
     assert get(environment, "/readyz")["status"] == "ready"
 
     log = (Path(environment["VAR_DIR"]) / "log" / "stack.log").read_text()
-    assert all(said in log for said in ("Ready to accept connections", "shapes-teacher ready", "Uvicorn running"))
+    assert all(said in log for said in ("Ready to accept connections", "shapes-4step ready", "Uvicorn running"))
 
     assert command("down", environment).stdout == "stopped\n"
     assert running(environment) == {}

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from distill.config import FitConfig
+from distill.config import ConfigError, FitConfig
 from distill.loop import Diverged, Interrupted, Rival, Run, compiled, fit
 
 CONFIG = FitConfig(
@@ -106,6 +106,16 @@ def test_a_loss_that_is_not_finite_ends_the_run(tmp_path):
     run = Run(tmp_path, seed=0)
     with run.handling_signals(), pytest.raises(FloatingPointError, match="not finite at step 0"):
         fit(run, "stage", model, lambda *_: (model.weight.sum() * float("nan"), {}), CONFIG, lambda _path: {})
+
+
+def test_two_processes_cannot_be_at_work_in_one_folder(tmp_path):
+    one, other = Run(tmp_path, seed=0), Run(tmp_path, seed=0)
+    with one.handling_signals(), pytest.raises(ConfigError, match="another process is at work in"):
+        with other.handling_signals():
+            pytest.fail("it went on")
+    again = Run(tmp_path, seed=0)
+    with again.handling_signals():
+        pass
 
 
 def test_without_a_compiler_training_goes_on_uncompiled(tmp_path, monkeypatch, capsys):

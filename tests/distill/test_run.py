@@ -215,8 +215,16 @@ def test_what_cannot_be_run_is_one_clear_line_and_exit_2(tmp_path, arguments, me
 
 def test_a_student_is_no_teacher(tiny_run, tmp_path):
     config = tiny.recipe(tiny_run / "student")
-    with pytest.raises(ConfigError, match=r"is a student of backbone wan.*a teacher of backbone wan"):
+    with pytest.raises(ConfigError, match=r"student is a student; give the folder of a teacher"):
         distil(tmp_path / "run", config)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_backbone_that_is_not_here_is_one_clear_error(tiny_teacher, tmp_path):
+    other = Path(shutil.copytree(tiny_teacher, tmp_path / "teacher"))
+    student.write_card(other, student.read_card(other).model_copy(update={"backbone": "mochi"}))
+    with pytest.raises(ConfigError, match=r"the teacher is of backbone mochi, task ti2v; what can be distilled is wan"):
+        distil(tmp_path / "run", tiny.recipe(other))
     assert not (tmp_path / "run").exists()
 
 

@@ -65,7 +65,7 @@ def base(given):
 @pytest.fixture
 def critic(given, base):
     """A critic that has been trained: its LoRA is not zero."""
-    made = matching.Critic(base, given.config.matching.critic, PRUNED)
+    made = matching.Critic(given.backbone, base, given.config.matching.critic, PRUNED)
     with torch.no_grad():
         for name, parameter in made.named_parameters():
             if "lora_B" in name:
@@ -297,7 +297,7 @@ def test_without_its_lora_the_fake_score_is_the_real_one(given, batch, noisy, ba
     assert not torch.allclose(fake, plain, atol=1e-3)
     assert torch.equal(fake, again)  # switched on again
     # Before it has learnt anything the LoRA changes nothing.
-    new = matching.Critic(copy.deepcopy(given.teacher), given.config.matching.critic, PRUNED)
+    new = matching.Critic(given.backbone, copy.deepcopy(given.teacher), given.config.matching.critic, PRUNED)
     with torch.no_grad():
         assert torch.equal(new(given, x, sigma_B, batch)[0], plain)
 
@@ -334,7 +334,7 @@ def test_base_and_fake_share_one_copy_and_only_the_critic_is_trained(given, base
 
 def test_a_full_critic_is_a_copy_and_leaves_the_base_alone(given, base):
     config = given.config.matching.critic.model_copy(update={"kind": "full"})
-    critic = matching.Critic(base, config, PRUNED)
+    critic = matching.Critic(given.backbone, base, config, PRUNED)
     assert critic.transformer is not base
     assert all(p.requires_grad for p in critic.transformer.parameters())
     assert not any(p.requires_grad for p in base.parameters())

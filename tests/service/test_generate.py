@@ -273,8 +273,8 @@ def everything(stack) -> tuple[set[str], set[str]]:
         ({"seed": "-1"}, 422, "seed", "greater than or equal to 0"),
         ({"seed": str(2**32)}, 422, "seed", "less than 4294967296"),
         ({"seed": "lucky"}, 422, "seed", "valid integer"),
-        ({"steps": "5"}, 422, "steps", "got 5; shapes-teacher was made for"),
-        ({"model": "other"}, 422, "model", "got 'other'; the model that is active is 'shapes-teacher'"),
+        ({"steps": "5"}, 422, "steps", "got 5; shapes-4step was made for"),
+        ({"model": "other"}, 422, "model", "got 'other'; the model that is active is 'shapes-4step'"),
         ({"colour": "red"}, 422, "colour", "there is no such field; there are image, prompt, seed, model, steps"),
     ],
 )

@@ -104,7 +104,7 @@ def test_the_page_opens_whole(visit: Callable[..., Visit]) -> None:
     opened = visit(viewport={"width": 1280, "height": 900})
     page = opened.page
     expect(page).to_have_title("FastLightGen playground")
-    expect(page.get_by_text("shapes-teacher")).to_be_visible()
+    expect(page.get_by_text("shapes-4step")).to_be_visible()
     assert page.get_by_role("list", name="Example images").get_by_role("button").count() >= 10
     for part in ("colour", "shape", "motion", "pace", "camera", "second"):
         expect(page.get_by_role("radiogroup", name=part)).to_be_visible()

@@ -13,7 +13,7 @@ from worker.video import encode_mp4
 
 @pytest.fixture(scope="module")
 def pipeline():
-    return VideoPipeline(MODELS_DIR / "shapes-teacher", device="cpu", threads=1)
+    return VideoPipeline(MODELS_DIR / "shapes-4step", device="cpu", threads=1)
 
 
 @pytest.fixture

@@ -1,0 +1,65 @@
+"""What the stages ask of a network, whatever its family: one convention, a file for each backbone that keeps it.
+
+Velocity (noise - x_0) out, noise level sigma in [0, 1] in, latents ``B C T H W``, the first latent frame given.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from contextlib import AbstractContextManager
+from typing import Any, Protocol
+
+from torch import Tensor, nn
+
+from distill.backbones import wan
+from distill.config import ConfigError
+
+
+class Backbone(Protocol):
+    """A module of this package."""
+
+    @property
+    def LORA_TARGETS(self) -> tuple[str, ...]:
+        """Ends of the names of a block's linear layers."""
+
+    def blocks(self, transformer: Any) -> nn.ModuleList:
+        """The residual blocks in order."""
+
+    def skipping(self, transformer: Any, skipped: Collection[int]) -> AbstractContextManager[None]:
+        """Within it, calls of ``transformer`` bypass these blocks."""
+
+    def without_blocks(self, transformer: Any, pruned: Collection[int]) -> Any:
+        """A new transformer with these blocks gone for good."""
+
+    def last_tokens(self, transformer: Any) -> AbstractContextManager[list[Tensor]]:
+        """Within it, each call adds its residual stream after the last block, ``[B, N, D]``, to the list."""
+
+    def width(self, transformer: Any) -> int:
+        """D of the residual stream."""
+
+    def encode_text(self, tokenizer: Any, text_encoder: Any, prompts: list[str], max_sequence_length: int) -> Tensor:
+        """``text_BLD`` of sentences."""
+
+    def predict_velocity(
+        self, transformer: Any, x_BCTHW: Tensor, sigma_B: Tensor, first_BC1HW: Tensor, text_BLD: Tensor
+    ) -> Tensor:
+        """Velocity of every latent frame; what stands at the first one has no meaning."""
+
+    def decode_latents(self, vae: Any, latents_BCTHW: Tensor) -> Tensor:
+        """Video in [-1, 1] from normalised latents."""
+
+    def with_parts(self, pipe: Any, transformer: Any, scheduler: Any) -> Any:
+        """The stock pipeline of ``pipe``'s other parts with these two."""
+
+
+BACKBONES: dict[str, Backbone] = {"wan": wan}
+
+
+def load(name: str, task: str) -> Backbone:
+    """The backbone that a model's card names. Raises ``ConfigError`` where its stages are not here."""
+    if name not in BACKBONES or task != "ti2v":
+        known = ", ".join(BACKBONES)
+        raise ConfigError(
+            f"the teacher is of backbone {name}, task {task}; what can be distilled is {known}, task ti2v"
+        )
+    return BACKBONES[name]
