@@ -29,6 +29,7 @@ from PIL import Image
 from distill import evaluate, metrics, recipes, student
 from distill.backbones import wan
 from distill.config import EvaluateConfig
+from distill.loop import training_device
 from worker.contract import Phase
 from worker.pipeline import VideoPipeline
 
@@ -44,6 +45,7 @@ SHOWN = (
     "i2v_fidelity",
 )
 REPEATS = 7
+WHOLE = "whole"
 
 
 @dataclass(frozen=True)
@@ -94,6 +96,9 @@ def main() -> int:
 def _rows(made: Path, teacher: Path, out: Path) -> list[Row]:
     card, of = student.read_card(made), student.read_card(teacher)
     assert card.blocks is not None
+    assert card.teacher is not None
+    if card.teacher.sha256 != of.sha256:
+        raise SystemExit(f"error: {made} was made from another version of {teacher}; give its own by --teacher")
     steps, guidance = card.call["num_inference_steps"], of.call["guidance_scale"]
     every = len(card.blocks.kept) + len(card.blocks.pruned)
     few = _control(out / "few-steps", made, teacher, ())
@@ -147,17 +152,17 @@ def _measure(row: Row, out: Path, config: EvaluateConfig) -> Measured:
     )
 
 
-def _seconds(folders: list[Path]) -> dict[Path, dict[Phase, float]]:
+def _seconds(folders: list[Path]) -> dict[Path, dict[str, float]]:
     """Median seconds by phase of a request to each model, taken in turn in this process."""
     threads = os.cpu_count() or 1
     pipelines = {folder: VideoPipeline(folder, device="cpu", threads=threads) for folder in folders}
     image = Image.open(ROOT / "models" / "examples" / "red-circle.png").convert("RGB")
-    taken: dict[Path, list[dict[Phase, float]]] = {folder: [] for folder in folders}
+    taken: dict[Path, list[dict[str, float]]] = {folder: [] for folder in folders}
     for repeat in range(REPEATS + 1):
         for folder, pipeline in pipelines.items():
             timings = pipeline(image, pipeline.card.prompt.examples[0], seed=repeat).timings_s
             if repeat:  # the first of each warms up
-                taken[folder].append(timings)
+                taken[folder].append({**timings, WHOLE: sum(timings.values())})
     return {
         folder: {phase: statistics.median(timings[phase] for timings in runs) for phase in runs[0]}
         for folder, runs in taken.items()
@@ -180,14 +185,14 @@ def ratio(one: np.ndarray, other: np.ndarray, resamples: int = 2000) -> evaluate
 
 
 def _report(
-    measured: list[Measured], seconds: dict[Path, dict[Phase, float]], config: EvaluateConfig, folder: Path
+    measured: list[Measured], seconds: dict[Path, dict[str, float]], config: EvaluateConfig, folder: Path
 ) -> str:
     made, teacher, *controls = measured
     card = student.read_card(folder)
     assert card.blocks is not None
     counted = teacher.row.block_evaluations / made.row.block_evaluations
     denoising = seconds[teacher.row.folder][Phase.DENOISING] / seconds[made.row.folder][Phase.DENOISING]
-    whole = sum(seconds[teacher.row.folder].values()) / sum(seconds[made.row.folder].values())
+    whole = seconds[teacher.row.folder][WHOLE] / seconds[made.row.folder][WHOLE]
     lines = [
         f"# {card.name}",
         "",
@@ -195,7 +200,7 @@ def _report(
         f"closed captions, {config.seeds} seeds of noise, the same for every row; 95 % intervals by paired bootstrap "
         f"over clips and seeds. One training seed ({card.stages[-1]['seed']}). sha256 {card.sha256[:12]}, teacher "
         f"{student.read_card(teacher.row.folder).sha256[:12]}. torch {torch.__version__}, {os.cpu_count()} cores "
-        f"({platform.machine()}), no GPU; GPU: not measured.",
+        f"({platform.machine()}), evaluated on {training_device().type}; request times on a GPU: not measured.",
         "",
         f"Blocks {', '.join(map(str, card.blocks.pruned))} of {len(card.blocks.kept) + len(card.blocks.pruned)} are "
         f"gone: {card.blocks.block_ratio:.0%} of the block parameters and {card.blocks.ratio:.1%} of the transformer's "
@@ -227,8 +232,8 @@ def _report(
     ]
     for row in (teacher.row, made.row):
         taken = seconds[row.folder]
-        cells = " | ".join(f"{1000 * taken[phase]:.0f}" for phase in (Phase.ENCODING, Phase.DENOISING, Phase.DECODING))
-        lines.append(f"| {row.name} | {cells} | {1000 * sum(taken.values()):.0f} |")
+        phases = (Phase.ENCODING, Phase.DENOISING, Phase.DECODING, WHOLE)
+        lines.append(f"| {row.name} | " + " | ".join(f"{1000 * taken[phase]:.0f}" for phase in phases) + " |")
     lines += ["", "## Every row", ""]
     for part in ("all", "closed", "open"):
         lines += [
@@ -238,7 +243,7 @@ def _report(
             "|---|---:|" + "---|" * len(SHOWN),
         ]
         for m in measured:
-            cells = [_cell(evaluate.interval(_part(m.values[name], m.closed, part))) for name in SHOWN]
+            cells = [_cell(evaluate.interval(evaluate.part_of(m.values[name], m.closed, part))) for name in SHOWN]
             lines.append(f"| {m.row.name} | {m.row.block_evaluations} | " + " | ".join(cells) + " |")
         lines.append("")
     for m in measured:
@@ -246,10 +251,6 @@ def _report(
             fvd = f", fvd_shapes {m.fvd_shapes:.1f}" if m.fvd_shapes is not None else ""
             lines.append(f"- {m.row.name}: diversity {_cell(evaluate.interval(m.diversity[None]))}{fvd}")
     return "\n".join(lines) + "\n"
-
-
-def _part(values: np.ndarray, closed: np.ndarray, part: str) -> np.ndarray:
-    return values if part == "all" else values[:, closed if part == "closed" else ~closed]
 
 
 def _cell(found: evaluate.Interval) -> str:

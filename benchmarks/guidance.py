@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import platform
 import sys
 from itertools import pairwise
 from pathlib import Path
@@ -19,15 +20,14 @@ from typing import Any
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import torch
-from safetensors.torch import load_model
 from torch import Tensor
 
 from distill import evaluate, metrics, sampler
 from distill.backbones import wan
-from distill.config import DistillConfig
+from distill.config import DEV_CLIPS, DistillConfig
 from distill.data import shapes
-from distill.loop import Run, compile_blocks
-from distill.stages import importance, matching
+from distill.loop import Run
+from distill.stages import importance, matching, pruning
 from distill.stages.given import Given
 
 OUT = Path(__file__).with_suffix(".md")
@@ -51,7 +51,7 @@ def main() -> int:
     """Sample and measure every variant and write the report."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path)
-    parser.add_argument("--clips", type=int, default=96)
+    parser.add_argument("--clips", type=int, default=96, choices=range(2, DEV_CLIPS + 1), metavar="N")
     parser.add_argument("--steps", type=int, default=12)
     parser.add_argument("--out", type=Path, default=OUT)
     options = parser.parse_args()
@@ -60,11 +60,8 @@ def main() -> int:
     with run.handling_signals():
         given = Given(run, config)
         found = importance.run(run, given, config.importance, config.pruning.unimportant)
-        base = wan.without_blocks(given.teacher, ())
-        load_model(base, options.run / "pruning.safetensors")
-        critic = matching.Critic(given.backbone, base.eval(), config.matching.critic, found.pruned)
-        if config.compile:
-            compile_blocks(run, wan.blocks(base))
+        base = pruning.run(run, given, found, config.pruning)  # read, where it is finished
+        critic = matching.Critic(given.backbone, base, config.matching.critic, found.pruned)
         rows = [_row(given, critic, found.pruned, variant, options.clips, options.steps) for variant in VARIANTS]
     options.out.write_text(_report(rows, config, options.clips, options.steps))
     sys.stdout.write(options.out.read_text())
@@ -103,17 +100,23 @@ def _report(rows: list[Any], config: DistillConfig, clips: int, steps: int) -> s
         "",
         f"`python -m benchmarks.guidance RUN --clips {clips} --steps {steps}`: clips of the guided velocity itself, "
         f"{clips} clips of the dev split, the same noise for every row, {steps} Euler steps, {config.precision}; 95 % "
-        "intervals over clips.",
+        "intervals over clips; in brackets the paired difference to the first row of the same source, where its "
+        f"interval excludes 0. RUN: stage II {config.pruning.sha256[:12]}, {config.pruning.fit.steps} updates, seed "
+        f"{config.seed}. torch {torch.__version__}, {os.cpu_count()} cores ({platform.machine()}).",
         "",
         "| A, N | beta_2 counts from | beta_1 | beta_2 | " + " | ".join(SHOWN) + " |",
         "|---|---|---:|---:|" + "---|" * len(SHOWN),
     ]
+    firsts: dict[str, dict[str, Tensor]] = {}
     for variant, values in rows:
+        first = firsts.setdefault(variant["source"], values)
         origin = "A (extrapolate)" if variant["intra_mode"] == "extrapolate" else "P (interpolate)"
         cells = []
         for name in SHOWN:
             mean, low, high = evaluate.interval(values[name][None].numpy())
-            cells.append(f"{mean:.3f} ({low:.3f} to {high:.3f})")
+            change, least, most = evaluate.interval((values[name] - first[name])[None].numpy())
+            apart = f" [{change:+.3f}]" if least > 0 or most < 0 else ""
+            cells.append(f"{mean:.3f} ({low:.3f} to {high:.3f}){apart}")
         said = f"{variant['source']} | {origin} | {variant['beta_1']:g} | {variant['beta_2']:g}"
         lines.append(f"| {said} | " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"

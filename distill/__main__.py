@@ -107,7 +107,7 @@ def _train(train: Callable[[], Path], folder: Path) -> int:
     except Interrupted:
         print(f"interrupted; the same command goes on from {folder}", file=sys.stderr)
         return RESUMABLE
-    except (Diverged, FolderError) as error:
+    except (Diverged, FloatingPointError, FolderError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0

@@ -12,6 +12,9 @@ from typing import Any, Literal, Self, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+DEV_CLIPS = 96
+"""Held-out clips that a distillation looks at on the way. What is chosen is chosen on them."""
+
 
 class ConfigError(ValueError):
     """A setting that does not exist or does not fit; the message says which and what was wanted."""
@@ -132,7 +135,7 @@ class EvaluateConfig(Config):
 class ImportanceConfig(Config):
     """Stage I: which blocks matter least (`distill.stages.importance`)."""
 
-    clips: int = Field(gt=0)
+    clips: int = Field(gt=0, le=DEV_CLIPS)
     sigmas: int = Field(gt=0, description="noise levels for each clip, one in each of so many equal parts")
     noises: int = Field(gt=0, description="draws of the noise for each clip and level")
     sigma_min: float = Field(gt=0, lt=1)
@@ -140,6 +143,11 @@ class ImportanceConfig(Config):
     weighting: Literal["elbo", "uniform_v", "x0"] = Field(description="of the squared velocity error at each level")
     greedy: bool = Field(description="measure anew after each removal: single importances do not add up")
     rho: float = Field(gt=0, lt=1, description="share of all block parameters that has to go")
+
+    @model_validator(mode="after")
+    def _levels_are_in_order(self) -> Self:
+        _in_order("sigma_min and sigma_max", (self.sigma_min, self.sigma_max))
+        return self
 
 
 class PruningConfig(Config):
@@ -168,6 +176,12 @@ class ScoresConfig(Config):
     beta_2: tuple[float, float] = Field(description="guidance of unpruned over pruned, drawn uniformly for each clip")
     alpha_weak: float = Field(ge=0, le=1, description="share of the critic's LoRA in the real score (W2SVD); 0: none")
 
+    @model_validator(mode="after")
+    def _ranges_are_in_order(self) -> Self:
+        _in_order("beta_1", self.beta_1)
+        _in_order("beta_2", self.beta_2)
+        return self
+
 
 class CriticConfig(OptimiserConfig):
     """The fake score of stage III: follows what the student makes."""
@@ -195,6 +209,12 @@ class LimitsConfig(Config):
     critic: float = Field(gt=0, description="largest loss of the critic")
     patience: int = Field(gt=0, description="alarms in a row that end the stage with the last good weights")
 
+    @model_validator(mode="after")
+    def _ranges_are_in_order(self) -> Self:
+        for name in ("motion", "contrast", "saturation", "flicker"):
+            _in_order(name, getattr(self, name))
+        return self
+
 
 class MatchingConfig(Config):
     """Stage III: distribution matching with the well-guided teacher (`distill.stages.matching`).
@@ -217,7 +237,8 @@ class MatchingConfig(Config):
     fit: FitConfig
 
     @model_validator(mode="after")
-    def _weak_share_needs_a_lora(self) -> Self:
+    def _fits_together(self) -> Self:
+        _in_order("score_min and score_max", (self.score_min, self.score_max))
         if self.scores.alpha_weak > 0 and self.critic.kind != "lora":
             raise ValueError("scores.alpha_weak is a share of the critic's LoRA: set critic.kind=lora or alpha_weak=0")
         return self
@@ -226,7 +247,7 @@ class MatchingConfig(Config):
 class StudentConfig(Config):
     """The few-step schedule that is trained for and saved: `FlowMatchEulerDiscreteScheduler` with these."""
 
-    num_inference_steps: int = Field(gt=0)
+    num_inference_steps: int = Field(ge=2, description="of one step the last noise level cannot be set")
     shift: float = Field(gt=0)
     shift_terminal: float = Field(gt=0, lt=1, description="the last noise level before 0")
 
@@ -243,11 +264,18 @@ class DistillConfig(Config):
     shift: float = Field(gt=0, description="of the noise levels of stages I and II: the teacher's")
     compile: bool = Field(description="blocks go through torch.compile")
     precision: Literal["float32", "bfloat16"] = Field(description="of the matrix products, by autocast")
-    watched: int = Field(gt=0, description="held-out clips that are drawn and compared with the teacher's on the way")
+    watched: int = Field(
+        gt=0, le=DEV_CLIPS, description="held-out clips that are drawn and compared with the teacher's on the way"
+    )
     student: StudentConfig
     importance: ImportanceConfig
     pruning: PruningConfig
     matching: MatchingConfig
+
+
+def _in_order(names: str, ends: tuple[float, float]) -> None:
+    if ends[0] > ends[1]:
+        raise ValueError(f"{names}: the first of {ends} is the larger one; give them in order")
 
 
 ConfigT = TypeVar("ConfigT", bound=Config)
@@ -279,7 +307,8 @@ def override(config: ConfigT, assignments: list[str]) -> ConfigT:
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"])
-        raise ConfigError(f"--set {where}: got {first['input']!r}; {first['msg']}") from None
+        got = "" if isinstance(first["input"], dict) else f"got {first['input']!r}; "
+        raise ConfigError(f"--set {where}: {got}{first['msg']}") from None
 
 
 def _paths(values: dict[str, Any]) -> str:

@@ -71,7 +71,9 @@ class Result:
     @cached_property
     def summary(self) -> dict[str, dict[str, Interval]]:
         """Every metric over all clips and over either kind of caption."""
-        return {part: {name: interval(_part(self.values[name], self.closed, part)) for name in ROWS} for part in PARTS}
+        return {
+            part: {name: interval(part_of(self.values[name], self.closed, part)) for name in ROWS} for part in PARTS
+        }
 
 
 def evaluate(folder: Path, out: Path, config: EvaluateConfig, say: Say) -> list[Result]:
@@ -303,7 +305,8 @@ def interval(values: np.ndarray, resamples: int = 2000) -> Interval:
     return float(np.nanmean(values)), float(low), float(high)
 
 
-def _part(values: np.ndarray, closed: np.ndarray, part: str) -> np.ndarray:
+def part_of(values: np.ndarray, closed: np.ndarray, part: str) -> np.ndarray:
+    """Of ``[seeds, clips]`` the clips with closed captions, or open ones, or all."""
     return values if part == "all" else values[:, closed if part == "closed" else ~closed]
 
 
@@ -370,7 +373,7 @@ def as_markdown(card: student.Card, config: EvaluateConfig, vae_psnr_db_T: np.nd
         for other in results[1:]:
             cells = []
             for part in PARTS:
-                lost = _part(first.values["score"] - other.values["score"], closed, part)
+                lost = part_of(first.values["score"] - other.values["score"], closed, part)
                 mean, low, high = interval(lost)
                 cells.append(f"{-mean:+.3f} ({-high:+.3f} to {-low:+.3f})" + (", level" if low <= 0 <= high else ""))
             lines.append(f"| {other.setting} | " + " | ".join(cells) + " |")

@@ -117,7 +117,14 @@ def remember(folder: Path, config: Config) -> None:
             )
         return
     folder.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(config.model_dump(mode="json"), indent=2) + "\n")
+    write_json(path, config.model_dump(mode="json"))
+
+
+def write_json(path: Path, values: Any) -> None:
+    """Indented, aside and renamed."""
+    aside = path.with_suffix(".tmp")
+    aside.write_text(json.dumps(values, indent=2) + "\n")
+    os.replace(aside, path)
 
 
 def training_device() -> torch.device:
@@ -182,7 +189,7 @@ class Rival:
 
 
 class Diverged(RuntimeError):
-    """The first look at the samples already set off an alarm: there are no good weights to keep."""
+    """Every look at the samples set off an alarm: there are no good weights to keep."""
 
 
 class _Trained:
@@ -272,22 +279,24 @@ def fit(
         return
     first = _Trained(model, config)
     others = {rival.name: _Trained(rival.model, rival.config) for rival in rivals}
-    start, alarms, good = 0, 0, None
+    log = _Means()
+    start, alarms, good, good_step = 0, 0, None, 0
     if checkpoint.exists():
         state = torch.load(checkpoint, weights_only=True, map_location=training_device())
         for name, trained in {"": first, **others}.items():
             trained.load(state["trained"][name])
-        start, alarms, good = state["step"], state["alarms"], state["good"]
+        start, alarms, good, good_step = (state[name] for name in ("step", "alarms", "good", "good_step"))
+        log.load(state["log"])
         run.say(f"{stage}: resumed at step {start}")
 
     def save(step: int) -> None:
         states = {name: trained.state() for name, trained in {"": first, **others}.items()}
-        state = {"trained": states, "step": step, "alarms": alarms, "good": good}
+        state = {"trained": states, "step": step, "alarms": alarms, "good": good, "good_step": good_step}
+        state["log"] = log.state()
         aside = checkpoint.with_suffix(".tmp")
         torch.save(state, aside)
         os.replace(aside, checkpoint)
 
-    log = _Means()
     for step in range(start, config.steps):
         for rival in rivals:
             for update in range(rival.updates):
@@ -320,19 +329,21 @@ def fit(
                 run.say(f"{stage}: alarm: {wrong}")
             else:
                 good = {name: value.clone() for name, value in first.average.items()}
+                good_step = done
             log.restart()
         if alarms >= patience or (wrong and done == config.steps):
             if good is None:
                 raise Diverged(f"{stage}: {wrong}; lower the learning rate, or widen the limits")
-            run.say(f"{stage}: ends at step {done} with the last good weights")
-            run.event(stage, done, ended="last good weights")
+            run.say(f"{stage}: ends at step {done} with the weights of step {good_step}, the last good ones")
+            run.event(stage, good_step, ended="last good weights")
             break
         if done % config.checkpoint_every == 0 or run.stopping:
             save(done)
         if run.stopping:
             raise Interrupted
 
-    first.set_weights(first.average if good is None else good)
+    assert good is not None  # the last step was looked at, and what was wrong with it would have been raised
+    first.set_weights(good)
     aside = finished.with_suffix(".tmp")
     save_model(model, str(aside))
     os.replace(aside, finished)
@@ -347,6 +358,14 @@ class _Means:
         self._totals: dict[str, tuple[float, int]] = {}
         self.restart()
         self._steps = 0
+
+    def state(self) -> dict[str, Any]:
+        """What a resumed run needs to tell an alarm, and log, what this one would have."""
+        return {"last": self.last, "totals": self._totals, "steps": self._steps}
+
+    def load(self, state: dict[str, Any]) -> None:
+        """Go on from ``state``; the rate of the first report is then of what was done since."""
+        self.last, self._totals, self._steps = state["last"], state["totals"], state["steps"]
 
     def restart(self) -> None:
         """Time that was spent on something else does not count."""

@@ -60,8 +60,6 @@ def depth_matching(
 ) -> Tensor:
     """L_II = alpha || F(x; M) - sg F(x; {}) ||^2 + (1 - alpha) || F(x; M) - (noise - x_0) ||^2 (secondary notes)."""
     apart = (pruned_BCTHW - unpruned_BCTHW.detach())[:, :, 1:].float().square().mean()
-    if alpha == 1:
-        return apart
     return alpha * apart + (1 - alpha) * flow_matching(pruned_BCTHW, x0_BCTHW, noise_BCTHW)
 
 

@@ -1,4 +1,4 @@
-"""Pictures for people: contact sheets, bars, animations."""
+"""For people: contact sheets, bars, animations, the report of a run."""
 
 from __future__ import annotations
 

@@ -14,13 +14,14 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
 from distill import report, schedule, student
 from distill.backbones import base
 from distill.config import ConfigError, DistillConfig
-from distill.loop import Run, remember
+from distill.loop import Run, remember, write_json
 from distill.stages import importance, matching, pruning, watch
 from distill.stages.given import Given
 
@@ -51,23 +52,19 @@ def distil(folder: Path, config: DistillConfig, begun: Path | None = None) -> Pa
     if teacher.kind != "teacher":
         raise ConfigError(f"{config.teacher} is a {teacher.kind}; give the folder of a teacher")
     base.load(teacher.backbone, teacher.task)
-    remember(folder, config)
-    _same_teacher(folder, teacher)
-    if begun is not None:
-        _take_over(begun, folder, config, teacher.sha256)
-    _write_json(folder / "stages.json", stage_inputs(config, teacher.sha256))
     run = Run(folder, config.seed)
     out = folder / "student"
     with run.handling_signals():
+        _begin(folder, config, teacher.sha256, begun)
         given = Given(run, config)
+        few = config.student
+        scheduler = schedule.few_step_scheduler(few.shift, few.shift_terminal, few.num_inference_steps)
         found = importance.run(run, given, config.importance, config.pruning.unimportant)
         whole = pruning.run(run, given, found, config.pruning)
-        few = config.student
-        scheduler = schedule.few_step_scheduler(few.shift, few.shift_terminal)
-        watched = watch.Watch(given, config.watched, scheduler, few.num_inference_steps)
-        transformer = matching.run(run, given, found, whole, config.matching, watched)
-        if not out.exists():
-            card = save(out, given, found, transformer, run)
+        watched = watch.Watch(run, given, scheduler)
+        transformer = matching.run(run, given, found, whole, config.matching, scheduler, watched)
+        if not (folder / "report.md").exists():  # written last
+            card = save(out, given, found, transformer, scheduler, run)
             sheet = folder / "samples" / "student.png"
             run.event("student", 1, done=out.name, sha256=card.sha256, **watched.look(transformer, sheet))
             lines = {
@@ -82,11 +79,12 @@ def distil(folder: Path, config: DistillConfig, begun: Path | None = None) -> Pa
     return out
 
 
-def save(out: Path, given: Given, found: importance.Importance, transformer: Any, run: Run) -> student.Card:
+def save(
+    out: Path, given: Given, found: importance.Importance, transformer: Any, scheduler: Any, run: Run
+) -> student.Card:
     """Write the student: a stock pipeline folder in fp16 whose scheduler is its few steps, and `student.json`."""
     config, card = given.config, given.card
     few = config.student
-    scheduler = schedule.few_step_scheduler(few.shift, few.shift_terminal)
     pruned = tuple(found.pruned)
     kept = tuple(i for i in range(len(found.drop)) if i not in pruned)
     count = sum(p.numel() for p in transformer.parameters())
@@ -142,33 +140,34 @@ def stage_inputs(config: DistillConfig, teacher_sha256: str) -> dict[str, str]:
     return {name: hashlib.sha256(json.dumps(values).encode()).hexdigest() for name, values in inputs.items()}
 
 
-def _take_over(begun: Path, folder: Path, config: DistillConfig, teacher_sha256: str) -> None:
-    """Link the results of another run's stages whose inputs are the same."""
+def _begin(folder: Path, config: DistillConfig, teacher_sha256: str, begun: Path | None) -> None:
+    """Write down what the run is, or check that it is the one that was begun here; take over another's stages."""
+    remember(folder, config)
+    inputs, path = stage_inputs(config, teacher_sha256), folder / "stages.json"
+    # With the configuration the same, only the teacher can differ.
+    if path.exists() and json.loads(path.read_text()) != inputs:
+        raise ConfigError(f"{folder} was begun with another version of {config.teacher}; take a new folder")
+    if begun is not None:
+        _take_over(begun, folder, inputs)
+    write_json(path, inputs)
+
+
+def _take_over(begun: Path, folder: Path, inputs: dict[str, str]) -> None:
+    """Link (or copy) the results of another run's stages whose inputs are the same."""
     try:
         theirs = json.loads((begun / "stages.json").read_text())
     except FileNotFoundError:
         raise ConfigError(f"--from {begun}: there is no run; give the folder of an earlier `distill run`") from None
     taken = set()
-    for name, inputs in stage_inputs(config, teacher_sha256).items():
-        for output in OUTPUTS[name] if theirs[name] == inputs else ():
+    for name, wanted in inputs.items():
+        for output in OUTPUTS[name] if theirs[name] == wanted else ():
             if (begun / output).exists() and not (folder / output).exists():
-                os.link(begun / output, folder / output)
+                try:
+                    os.link(begun / output, folder / output)
+                except OSError:  # another file system
+                    shutil.copy(begun / output, folder / output)
                 taken.add(name)
     # What they logged belongs to how the student came about.
     lines = [json.dumps(event) + "\n" for event in report.events(begun) if event["stage"] in taken]
     with (folder / "events.jsonl").open("a") as events:
         events.writelines(lines)
-
-
-def _same_teacher(folder: Path, teacher: student.Card) -> None:
-    path = folder / "teacher.sha256"
-    if not path.exists():
-        path.write_text(teacher.sha256 + "\n")
-    elif path.read_text().strip() != teacher.sha256:
-        raise ConfigError(f"{folder} was begun with another version of the teacher {teacher.name}; take a new folder")
-
-
-def _write_json(path: Path, values: Any) -> None:
-    aside = path.with_suffix(".tmp")
-    aside.write_text(json.dumps(values, indent=2) + "\n")
-    os.replace(aside, path)

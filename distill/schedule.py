@@ -29,10 +29,12 @@ def visited(scheduler: Any, num_inference_steps: int) -> tuple[float, ...]:
     return tuple(round(sigma, 6) for sigma in scheduler.sigmas[:-1].tolist())
 
 
-def few_step_scheduler(shift: float, shift_terminal: float) -> FlowMatchEulerDiscreteScheduler:
-    """The student's scheduler: Euler steps whose last noise level before 0 is ``shift_terminal``.
+def few_step_scheduler(shift: float, shift_terminal: float, num_steps: int) -> FlowMatchEulerDiscreteScheduler:
+    """The student's scheduler, set to its steps: Euler, the last noise level before 0 is ``shift_terminal``.
 
     The Wan pipelines take no list of noise levels, so the schedule has to live in the scheduler that is saved. Four
     steps of (2.5, .625) visit 1, .937, .833, .625: the levels that 1000/750/500/250 have under shift 5.
     """
-    return FlowMatchEulerDiscreteScheduler(shift=shift, shift_terminal=shift_terminal)
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=shift, shift_terminal=shift_terminal)
+    scheduler.set_timesteps(num_steps)
+    return scheduler

@@ -208,6 +208,8 @@ def publish(folder: Path, out: Path, teacher: Path) -> Card:
         for part in ("transformer", "scheduler"):
             shutil.copytree(folder / part, aside / part)
         shutil.copy(folder / "model_index.json", aside / "model_index.json")
+        if (out / "README.md").exists():  # its model card, which only a person writes
+            shutil.copy(out / "README.md", aside / "README.md")
 
     return write_student(out, teacher, card.model_copy(update={"name": out.name}), save_parts)
 
@@ -215,12 +217,11 @@ def publish(folder: Path, out: Path, teacher: Path) -> Card:
 def code_version() -> dict[str, str]:
     """What made a folder: the package's version, and the commit where it runs from a checkout."""
     root = Path(__file__).resolve().parent.parent
-    said = subprocess.run(  # noqa: S603
-        ["git", "-C", str(root), "rev-parse", "HEAD"],  # noqa: S607
-        capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    commit = {"git": said.stdout.strip()} if said.returncode == 0 else {}
-    return {"version": version("fastlightgen"), **commit}
+    try:
+        said = subprocess.run(["git", "-C", str(root), "rev-parse", "HEAD"], capture_output=True, text=True, check=True)  # noqa: S603, S607
+    except (OSError, subprocess.CalledProcessError):  # an image has neither git nor a checkout
+        return {"version": version("fastlightgen")}
+    return {"version": version("fastlightgen"), "git": said.stdout.strip()}
 
 
 def file_sha256(path: Path) -> str:

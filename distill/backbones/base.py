@@ -1,4 +1,4 @@
-"""What the stages ask of a network, whatever its family: one convention, a file for each backbone that keeps it.
+"""What the stages ask of a network: one convention, and a module for each backbone that keeps it.
 
 Velocity (noise - x_0) out, noise level sigma in [0, 1] in, latents ``B C T H W``, the first latent frame given.
 """
@@ -17,10 +17,6 @@ from distill.config import ConfigError
 
 class Backbone(Protocol):
     """A module of this package."""
-
-    @property
-    def LORA_TARGETS(self) -> tuple[str, ...]:
-        """Ends of the names of a block's linear layers."""
 
     def blocks(self, transformer: Any) -> nn.ModuleList:
         """The residual blocks in order."""

@@ -17,9 +17,6 @@ from torch import Tensor, nn
 
 NUM_TRAIN_TIMESTEPS = 1000
 
-LORA_TARGETS = ("to_q", "to_k", "to_v", "to_out.0", "ffn.net.0.proj", "ffn.net.2")
-"""The linear layers of a block, by the end of their names."""
-
 
 def encode_video(vae: Any, video_BCTHW: Tensor) -> Tensor:
     """Normalised latents (posterior mean) of a video in [-1, 1] with 4 n + 1 frames."""

@@ -15,12 +15,9 @@ from torch import Tensor
 from distill import schedule, student
 from distill.autoencoder import in_one_pass
 from distill.backbones import base
-from distill.config import DistillConfig
+from distill.config import DEV_CLIPS, DistillConfig
 from distill.latents import Latents
 from distill.loop import Run, compile_blocks, plain_attention, training_device
-
-DEV_CLIPS = 96
-"""Held-out clips that are looked at on the way. What is chosen is chosen on them; the test split is never seen."""
 
 
 @dataclass(frozen=True)

@@ -106,7 +106,7 @@ def run(run: Run, given: Given, config: ImportanceConfig, unimportant: float) ->
 @torch.no_grad()
 def _errors(run: Run, given: Given, config: ImportanceConfig, masks: list[tuple[int, ...]]) -> tuple[Tensor, Tensor]:
     """Mean square velocity errors ``[M, K, S]`` of the masks, and the noise levels ``[S]``, on held-out clips."""
-    clips = min(config.clips, len(given.dev.captions))
+    clips = config.clips
     position_S = (torch.arange(config.sigmas) + 0.5) / config.sigmas
     sigma_S = schedule.shift(position_S, given.config.shift).clamp(config.sigma_min, config.sigma_max)
     sigma_S = sigma_S.repeat(config.noises)

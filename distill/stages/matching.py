@@ -32,15 +32,18 @@ from distill.stages.importance import Importance
 ADAPTER = "critic"
 
 
-def run(run: Run, given: Given, found: Importance, base: Any, config: MatchingConfig, watched: watch.Watch) -> Any:
+def run(
+    run: Run, given: Given, found: Importance, base: Any, config: MatchingConfig, scheduler: Any, watched: watch.Watch
+) -> Any:  # fmt: skip
     """Train the few-step student from stage II's weights; returns its transformer, the pruned blocks removed.
 
     Args:
         base: stage II's transformer, of full depth. It is not changed, but given the critic's adapter.
+        scheduler: the one that will be saved, set to its steps: the student is trained on just its noise levels.
         watched: what is looked at on the way; its alarms end the stage with the last good weights.
     """
     torch.manual_seed(run.seed)  # of the critic's new weights
-    sigmas = student_sigmas(given)
+    sigmas = tuple(scheduler.sigmas.tolist())
     student = given.backbone.without_blocks(base, found.pruned).train().requires_grad_(True)
     critic = Critic(given.backbone, base, config.critic, found.pruned)
     scores = Scores(given, base, critic, found.pruned, config.scores)
@@ -50,18 +53,15 @@ def run(run: Run, given: Given, found: Importance, base: Any, config: MatchingCo
     rollout = Rollout(given, student, sigmas, config.rollout)
     gan = config.gan.student_weight > 0
 
-    def draw(number: int) -> tuple[Batch, Batch]:
-        """Conditions of the clips that are made, and other clips: the real ones of the discriminator."""
-        rows_B = given.train.rows(run, number, config.fit.batch)
-        others = given.train.rows(run, number + 1, config.fit.batch) if gan else rows_B
-        return given.batch(given.train, rows_B), given.batch(given.train, others)
+    def conditions(number: int) -> Batch:
+        return given.batch(given.train, given.train.rows(run, number, config.fit.batch))
 
     def score_sigmas(count: int, generator: torch.Generator) -> Tensor:
         sigma_B = schedule.sample_sigmas(count, config.score_shift, generator)
         return sigma_B.clamp(config.score_min, config.score_max).to(given.device)
 
     def critic_loss(number: int, generator: torch.Generator) -> tuple[Tensor, dict[str, float]]:
-        batch, real = draw(number)
+        batch = conditions(number)
         with torch.no_grad():
             y_BCTHW = rollout(batch, generator)
         sigma_B, noise = score_sigmas(len(y_BCTHW), generator), batch.noise(generator)
@@ -69,13 +69,14 @@ def run(run: Run, given: Given, found: Importance, base: Any, config: MatchingCo
         value = losses.flow_matching(velocity, y_BCTHW, noise)
         if not gan:
             return value, {}
+        real = conditions(number + 1)  # others than those that y was made for
         noise = real.noise(generator)
         _, real_logit_B = critic(given, noised(real.x0_BCTHW, noise, sigma_B), sigma_B, real)
         told_apart = losses.discriminator(real_logit_B, fake_logit_B)
         return value + config.gan.critic_weight * told_apart, {"discriminator": told_apart.item()}
 
     def student_loss(number: int, generator: torch.Generator) -> tuple[Tensor, dict[str, float]]:
-        batch, _ = draw(number)
+        batch = conditions(number)
         y_BCTHW = rollout(batch, generator)
         count = len(y_BCTHW)
         sigma_B, noise = score_sigmas(count, generator), batch.noise(generator)
@@ -103,20 +104,14 @@ def run(run: Run, given: Given, found: Importance, base: Any, config: MatchingCo
     def sample(path: Path) -> dict[str, float]:
         return watched.look(student, path)
 
+    if not (run.folder / "matching.safetensors").exists():
+        _ = watched.teachers  # before there is anything to lose
     rival = Rival("critic", critic, critic_loss, config.critic, config.critic.updates)
     fit(
         run, "matching", student, student_loss, config.fit, sample, rivals=[rival],
         alarm=lambda values: watch.alarm(values, config.limits), patience=config.limits.patience,
     )  # fmt: skip
     return student.eval().requires_grad_(False)
-
-
-def student_sigmas(given: Given) -> tuple[float, ...]:
-    """The noise levels that the saved scheduler will visit, the final 0 included: the trainer reads them from it."""
-    few = given.config.student
-    scheduler = schedule.few_step_scheduler(few.shift, few.shift_terminal)
-    scheduler.set_timesteps(few.num_inference_steps)
-    return tuple(scheduler.sigmas.tolist())
 
 
 def uniform(ends: tuple[float, float], count: int, generator: torch.Generator) -> Tensor:
@@ -176,8 +171,7 @@ class Critic(nn.Module):
         base.requires_grad_(False)
         if self.lora:
             within = {id(layer) for layer in backbone.blocks(base).modules() if isinstance(layer, nn.Linear)}
-            names = (name for name, layer in base.named_modules() if id(layer) in within)
-            targets = [name for name in names if name.endswith(backbone.LORA_TARGETS)]
+            targets = [name for name, layer in base.named_modules() if id(layer) in within]
             base.add_adapter(LoraConfig(r=config.rank, lora_alpha=config.rank, target_modules=targets), ADAPTER)
             self.transformer = base
         else:

@@ -12,7 +12,7 @@ from torch import Tensor
 from distill import losses
 from distill.config import PruningConfig
 from distill.loop import Run, compile_blocks, fit
-from distill.stages.given import Given, noised
+from distill.stages.given import Batch, Given, noised
 from distill.stages.importance import Importance
 
 
@@ -28,7 +28,7 @@ def run(run: Run, given: Given, found: Importance, config: PruningConfig) -> Any
         batch = given.batch(given.train, rows_B, drop_B)
         sigma_B, noise = given.sigmas(len(rows_B), generator), batch.noise(generator)
         mask = draw_mask(found, config, generator)
-        return depth_loss(given, transformer, batch.x0_BCTHW, noise, sigma_B, batch, mask, config)
+        return depth_loss(given, transformer, batch, noise, sigma_B, mask, config), {"skipped": float(len(mask))}
 
     def sample(_path: Path) -> dict[str, float]:
         return drift(run, given, transformer, found.pruned)
@@ -42,18 +42,17 @@ def run(run: Run, given: Given, found: Importance, config: PruningConfig) -> Any
 
 
 def depth_loss(
-    given: Given, transformer: Any, x0_BCTHW: Tensor, noise: Tensor, sigma_B: Tensor, batch: Any,
-    mask: frozenset[int], config: PruningConfig,
-) -> tuple[Tensor, dict[str, float]]:  # fmt: skip
+    given: Given, transformer: Any, batch: Batch, noise_BCTHW: Tensor, sigma_B: Tensor, mask: frozenset[int],
+    config: PruningConfig,
+) -> Tensor:  # fmt: skip
     """L_II of one batch and one mask. With an empty mask and the weights themselves as target it is 0."""
-    x_BCTHW = noised(x0_BCTHW, noise, sigma_B)
+    x_BCTHW = noised(batch.x0_BCTHW, noise_BCTHW, sigma_B)
     with torch.no_grad():
         target = transformer if config.target == "self" else given.teacher
         unpruned = given.velocity(target, x_BCTHW, sigma_B, batch)
     with given.backbone.skipping(transformer, mask):
         pruned = given.velocity(transformer, x_BCTHW, sigma_B, batch)
-    value = losses.depth_matching(pruned, unpruned, x0_BCTHW, noise, config.alpha)
-    return value, {"skipped": float(len(mask))}
+    return losses.depth_matching(pruned, unpruned, batch.x0_BCTHW, noise_BCTHW, config.alpha)
 
 
 def draw_mask(found: Importance, config: PruningConfig, generator: torch.Generator) -> frozenset[int]:

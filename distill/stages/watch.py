@@ -5,6 +5,8 @@ The reference form of the metrics: it needs no world to fit, so it is cheap and 
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -13,50 +15,57 @@ from torch import Tensor
 
 from distill import report, sampler
 from distill.config import LimitsConfig
+from distill.loop import Run
 from distill.stages.given import Given
 
-KEYS = ("motion", "contrast", "saturation", "flicker")
+CHUNK = 8
 
 
 class Watch:
     """Draws the first held-out clips with any transformer and compares them with the teacher's."""
 
-    def __init__(self, given: Given, clips: int, scheduler: Any, num_inference_steps: int) -> None:
+    def __init__(self, run: Run, given: Given, scheduler: Any) -> None:
+        self._run = run
         self._given = given
         self._scheduler = scheduler
-        self._call = {**given.card.call, "num_inference_steps": num_inference_steps, "guidance_scale": 1.0}
+        steps = given.config.student.num_inference_steps
+        self._call = {**given.card.call, "num_inference_steps": steps, "guidance_scale": 1.0}
+        clips = given.config.watched
         self._prompts = given.dev.captions[:clips]
         latents = given.dev.x0_NCTHW[:clips].float().to(given.device)
-        self._drawn = torch.cat(
-            [given.backbone.decode_latents(given.pipe.vae, part).cpu() for part in latents.split(8)]
-        )
+        decode = given.backbone.decode_latents
+        self._drawn = torch.cat([decode(given.pipe.vae, part).cpu() for part in latents.split(CHUNK)])
         self._noise = sampler.draw_noise(given.pipe, range(clips), given.card.call)
-        self._teachers: Tensor | None = None
 
+    @cached_property
     def teachers(self) -> Tensor:
-        """The teacher's videos, by its own call; made when they are first asked for."""
-        if self._teachers is None:
-            self._teachers = self._make(self._given.pipe, self._given.card.call)
-        return self._teachers
+        """The teacher's videos, by its own call. Making them takes a while: between parts a signal may stop the run."""
+        return self._make(self._given.pipe, self._given.card.call, between=self._run.check_stop)
 
     @torch.no_grad()
     def look(self, transformer: Any, sheet: Path) -> dict[str, float]:
         """Ratios of what ``transformer`` makes in the student's steps to the teacher's videos, and a contact sheet."""
         student = self._given.backbone.with_parts(self._given.pipe, transformer, self._scheduler)
-        made, teachers = self._make(student, self._call), self.teachers()
+        made, teachers = self._make(student, self._call), self.teachers
         shown = slice(0, 8)
         report.contact_sheet(sheet, [self._drawn[shown], teachers[shown], made[shown]])
         return compare(made, teachers)
 
-    def _make(self, pipe: Any, call: dict[str, Any]) -> Tensor:
+    def _make(self, pipe: Any, call: dict[str, Any], between: Callable[[], None] = lambda: None) -> Tensor:
         precision = torch.bfloat16 if self._given.config.precision == "bfloat16" else torch.float32
-        return sampler.sample(pipe, self._drawn[:, :, 0], self._prompts, call, self._noise, precision).cpu()
+        made = []
+        for first in range(0, len(self._prompts), CHUNK):
+            between()
+            part = slice(first, first + CHUNK)
+            first_BCHW, noise_BCTHW = self._drawn[part, :, 0], self._noise[part]
+            made.append(sampler.sample(pipe, first_BCHW, self._prompts[part], call, noise_BCTHW, precision).cpu())
+        return torch.cat(made)
 
 
 def compare(made_BCTHW: Tensor, reference_BCTHW: Tensor) -> dict[str, float]:
-    """Each of ``KEYS`` as the mean over clips of one set over that of another; 1 where they are alike."""
+    """Motion, contrast, saturation and flicker of one set of videos over those of another; 1 where they are alike."""
     of_made, of_reference = _looks(made_BCTHW.clamp(-1, 1)), _looks(reference_BCTHW.clamp(-1, 1))
-    return {key: of_made[key] / max(of_reference[key], 1e-6) for key in KEYS}
+    return {name: value / max(of_reference[name], 1e-6) for name, value in of_made.items()}
 
 
 def _looks(video_BCTHW: Tensor) -> dict[str, float]:

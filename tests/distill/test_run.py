@@ -15,14 +15,13 @@ import torch
 from diffusers import DiffusionPipeline
 from safetensors.torch import load_file
 
-from distill import loop, sampler, student
+from distill import loop, sampler, schedule, student
 from distill.backbones import wan
 from distill.config import ConfigError
 from distill.data import shapes
 from distill.run import distil
-from distill.stages import matching
 from tests.distill import tiny
-from tests.stack import ROOT
+from tests.stack import ROOT, wait_for
 
 
 def test_the_run_leaves_its_traces(tiny_run):
@@ -79,6 +78,20 @@ def test_another_run_takes_over_the_stages_that_are_the_same(tiny_run, tiny_teac
     assert [stage["iterations"] for stage in cards[0].stages[-3:]] == [1, 4, 3]
 
 
+def test_killed_before_its_report_the_run_writes_it_the_next_time(tiny_run, tiny_config, tmp_path):
+    folder = Path(shutil.copytree(tiny_run, tmp_path / "run", symlinks=True))
+    (folder / "report.md").unlink()
+    (folder / "samples" / "student.png").unlink()
+    distil(folder, tiny_config)
+    assert (folder / "report.md").exists()
+    assert (folder / "samples" / "student.png").exists()
+
+
+def test_without_git_the_card_has_the_version_alone(monkeypatch):
+    monkeypatch.setenv("PATH", "/nowhere")
+    assert list(student.code_version()) == ["version"]
+
+
 # --- the student's folder -------------------------------------------------------------------------------------------
 
 
@@ -101,7 +114,9 @@ def test_the_student_is_a_stock_pipeline_with_fewer_blocks_and_four_steps(tiny_r
 
 
 def test_trainer_scheduler_and_sampler_have_one_list_of_noise_levels(tiny_run, given):
-    trained = matching.student_sigmas(given)
+    few = given.config.student
+    scheduler = schedule.few_step_scheduler(few.shift, few.shift_terminal, few.num_inference_steps)
+    trained = tuple(scheduler.sigmas.tolist())
     card = student.read_card(tiny_run / "student")
     stock = DiffusionPipeline.from_pretrained(tiny_run / "student", dtype=torch.float32, local_files_only=True)
     visited: list[float] = []
@@ -195,6 +210,13 @@ def distill_run(*arguments: str, cwd: Path = ROOT) -> subprocess.CompletedProces
             "--set matching.beta: no such setting; here there are: scores, critic",
         ),
         (["shapes", "--set", "pruning.alpha=2"], "--set pruning.alpha: got 2; Input should be less than or equal to 1"),
+        (["shapes", "--set", "watched=200"], "--set watched: got 200; Input should be less than or equal to 96"),
+        (["shapes", "--set", "student.num_inference_steps=1"], "Input should be greater than or equal to 2"),
+        (["shapes", "--set", "matching.scores.beta_2=[1, 0]"], "beta_2: the first of (1.0, 0.0) is the larger one"),
+        (
+            ["shapes", "--set", "matching.scores.alpha_weak=.5", "--set", "matching.critic.kind=full"],
+            "--set matching: Value error, scores.alpha_weak is a share of the critic's LoRA",
+        ),
         (["shapes", "--set", "matching.rollout=back"], "Input should be 'renoise', 'euler' or 'data'"),
         (
             ["shapes", "--set", "teacher=models"],
@@ -211,6 +233,29 @@ def test_what_cannot_be_run_is_one_clear_line_and_exit_2(tmp_path, arguments, me
     assert len(said) == 1
     assert message in said[0]
     assert "Traceback" not in done.stderr
+
+
+def test_terminated_it_ends_with_75_and_resumes(tiny_teacher, tmp_path):
+    folder = tmp_path / "run"
+    settings = tiny.settings({**tiny.RECIPE, "teacher": str(tiny_teacher), "pruning.fit.steps": 300})
+    command = [sys.executable, "-m", "distill", "run", "shapes", str(folder), *(f"--set={value}" for value in settings)]
+    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    events = folder / "events.jsonl"
+    wait_for(lambda: events.exists() and '"pruning"' in events.read_text(), 120, "a step of stage II")
+    process.send_signal(signal.SIGTERM)
+    _, errors = process.communicate(timeout=30)
+    assert process.returncode == 75, errors
+    assert "the same command goes on" in errors
+    assert (folder / "pruning.checkpoint.pt").exists()
+
+
+def test_a_student_that_never_looks_right_is_one_clear_line_and_exit_2(tiny_teacher, tmp_path):
+    values = {**tiny.RECIPE, "teacher": str(tiny_teacher), "pruning.drift_limit": 1e-12}
+    done = distill_run("shapes", str(tmp_path / "run"), *(f"--set={value}" for value in tiny.settings(values)))
+    assert done.returncode == 2, done.stderr
+    [said] = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert "the full-depth path has drifted by" in said
+    assert not (tmp_path / "run" / "student").exists()
 
 
 def test_a_student_is_no_teacher(tiny_run, tmp_path):
@@ -232,8 +277,9 @@ def test_another_configuration_or_teacher_in_the_same_folder_is_refused(tiny_run
     with pytest.raises(ConfigError, match=r"was begun with other settings \(they differ in: seed\)"):
         distil(tiny_run, tiny_config.model_copy(update={"seed": 7}))
     copied = Path(shutil.copytree(tiny_run, tmp_path / "run", symlinks=True))
-    (copied / "teacher.sha256").write_text("0" * 64)
-    with pytest.raises(ConfigError, match=r"was begun with another version of the teacher tiny-teacher"):
+    stages = json.loads((copied / "stages.json").read_text())
+    (copied / "stages.json").write_text(json.dumps({**stages, "latents": "0" * 64}))
+    with pytest.raises(ConfigError, match=r"was begun with another version of .*teacher; take a new folder"):
         distil(copied, tiny_config)
 
 
