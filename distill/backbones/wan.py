@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from diffusers import WanImageToVideoPipeline, WanTransformer3DModel
+from diffusers import WanTransformer3DModel
 from torch import Tensor, nn
 
 NUM_TRAIN_TIMESTEPS = 1000
@@ -83,8 +83,10 @@ def predict_velocity(
     return output[0]
 
 
-def with_parts(pipe: Any, transformer: Any, scheduler: Any) -> WanImageToVideoPipeline:
+def with_parts(pipe: Any, transformer: Any, scheduler: Any) -> Any:
     """The stock pipeline of another one's text encoder and autoencoder with this transformer and scheduler."""
+    from diffusers import WanImageToVideoPipeline  # says things on stderr that a worker's start has no place for
+
     return WanImageToVideoPipeline(
         tokenizer=pipe.tokenizer,
         text_encoder=pipe.text_encoder,
