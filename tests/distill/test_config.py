@@ -16,7 +16,7 @@ def test_settings_are_converted_by_their_own_type():
 @pytest.mark.parametrize(
     ("assignment", "says"),
     [
-        ("vae.frames.stepz=7", "vae.frames.stepz: no such setting; here there are: steps, batch"),
+        ("vae.frames.stepz=7", "vae.frames.stepz: no such setting; here there are: optimiser, learning_rate"),
         ("nothing.here=1", "no such setting"),
         ("vae.frames.steps=0", "greater than 0"),
         ("vae.frames.steps=many", "got 'many'"),
