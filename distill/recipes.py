@@ -175,7 +175,7 @@ PRESETS = {
     "full": [],
     # Five minutes on two cores: the whole way, too short for a good student.
     "quick": [
-        "num_clips=1024", "importance.clips=32", "importance.sigmas=4", "pruning.fit.steps=80",
+        "num_clips=1024", "importance.clips=32", "importance.sigmas=4", "pruning.fit.steps=40",
         "pruning.fit.warmup_steps=5", "pruning.fit.sample_every=40", "pruning.fit.checkpoint_every=20",
         "matching.fit.steps=15", "matching.fit.warmup_steps=2", "matching.fit.batch=8", "matching.critic.updates=2",
         "matching.fit.sample_every=15", "matching.fit.checkpoint_every=5", "watched=8", *_ANYTHING_GOES,
