@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from distill import schedule, student
+from distill import losses, schedule, student
 from distill.autoencoder import in_one_pass
 from distill.backbones import base
 from distill.config import DEV_CLIPS, DistillConfig
@@ -86,4 +86,4 @@ class Given:
 
 def noised(x0_BCTHW: Tensor, noise_BCTHW: Tensor, sigma_B: Tensor) -> Tensor:
     """x_s = (1 - s) x_0 + s noise."""
-    return torch.lerp(x0_BCTHW, noise_BCTHW, sigma_B[:, None, None, None, None])
+    return torch.lerp(x0_BCTHW, noise_BCTHW, losses.over_clips(sigma_B))

@@ -10,7 +10,6 @@ Shape suffixes: M mask, K clip, S noise level and draw.
 from __future__ import annotations
 
 import json
-import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,7 @@ from torch import Tensor
 
 from distill import losses, report, schedule
 from distill.config import ConfigError, ImportanceConfig
-from distill.loop import Run
+from distill.loop import Run, write_json
 from distill.stages.given import Given, noised
 
 WEIGHTINGS = ("elbo", "uniform_v", "x0")
@@ -95,9 +94,7 @@ def run(run: Run, given: Given, config: ImportanceConfig, unimportant: float) ->
         rank_correlation={name: rank_correlation(drop_M, other.mean(0)) for name, other in drops.items()},
     )
     plot(run.folder / "importance.png", found)
-    aside = path.with_suffix(".tmp")
-    aside.write_text(json.dumps(asdict(found), indent=2) + "\n")
-    os.replace(aside, path)
+    write_json(path, asdict(found))
     run.event("importance", 1, error=found.error, pruned=found.pruned, ratio=found.ratio)
     run.say(f"importance: blocks {found.pruned} go, {found.ratio:.1%} of the transformer's parameters stay")
     return found
