@@ -14,6 +14,8 @@ from rq.worker import BaseWorker
 
 from worker.contract import ALLOWED_CALLBACKS, ALLOWED_FUNCTIONS
 
+_SWEEP_LOCK_S = 5
+
 
 class ForbiddenFunction(Exception):
     """The queue named a function that is not ours to run."""
@@ -44,9 +46,20 @@ class ListedJob(Job):
         """As above."""
 
 
+class SweptQueue(Queue):
+    """A queue whose lost jobs are looked for soon, also when a worker was killed while it looked."""
+
+    def acquire_maintenance_lock(self) -> bool:
+        """Whether this worker is to look. rq's lock outlives its owner by 15 minutes, in which nobody may look.
+
+        The sweep takes milliseconds. Should two overlap, a job is delivered twice, which attempts are made for.
+        """
+        return bool(self.connection.set(self.registry_cleaning_key, 1, nx=True, ex=_SWEEP_LOCK_S))
+
+
 def make_queue(redis: Redis, name: str) -> Queue:
     """One of the contract's queues. ``redis`` must not decode responses."""
-    return Queue(name, connection=redis, serializer=JSONSerializer, job_class=ListedJob)
+    return SweptQueue(name, connection=redis, serializer=JSONSerializer, job_class=ListedJob)
 
 
 def unique_name(kind: str) -> str:

@@ -11,7 +11,8 @@ from service.distillations import DistillationStore
 from service.schema import DistillationFields
 from tests.stack import Stack, run_with, stop, wait_for
 from tests.stand_in import STEPS
-from worker.contract import Progress, Status
+from worker.contract import TRAIN_QUEUE, Progress, Status
+from worker.queues import make_queue
 from worker.records import connect
 from worker.training import Tail, advance
 
@@ -153,6 +154,8 @@ def test_with_a_trainer_its_job_and_run_killed_the_lease_runs_out(run):
     [job] = psutil.Process(trainer.pid).children()
     job.suspend()  # so that it cannot hand the run back
     trainer.kill()
+    queue = make_queue(run.store._queue.connection, TRAIN_QUEUE)
+    assert queue.acquire_maintenance_lock()  # as if it was killed while it looked for lost jobs
     job.kill()
     wait_for(lambda: not run.processes(), 10, "the run to die with them")
     assert run.record.status is Status.RUNNING
