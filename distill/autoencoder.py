@@ -1,8 +1,4 @@
-"""The video autoencoder of a taught world: built, begun, trained on frames and then on clips.
-
-`AutoencoderKLWan` walks through a clip four frames at a time and keeps what its convolutions need of the past. That
-bounds the memory of a long video; a clip of 17 small frames it makes slow. `in_one_pass` adds a second way through the
-same modules, all frames at once, with equal results (tests/distill/test_autoencoder.py): training takes that one.
+"""The video autoencoder of a taught world: built, begun, trained on frames and then on clips, all frames at once.
 
 Shape suffixes: B clip, C channel, T frame, H row, W column.
 """
@@ -11,16 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from types import MethodType
-from typing import Any
 
 import torch
 from diffusers import AutoencoderKLWan
-from diffusers.models.autoencoders.autoencoder_kl_wan import WanCausalConv3d, WanResample, patchify, unpatchify
+from diffusers.models.autoencoders.autoencoder_kl_wan import WanCausalConv3d
 from torch import Tensor
-from torch.nn import functional as F
 
 from distill import losses, report
+from distill.backbones.wan_autoencoder import decode, encode, in_one_pass
 from distill.config import VaeConfig, VaePhase
 from distill.data import shapes
 from distill.loop import Run, compiled, fit, training_device
@@ -65,55 +59,6 @@ def inflate(vae: AutoencoderKLWan) -> None:
             module.weight[:, :, -1, 0, 0] = torch.eye(module.in_channels).repeat(copies, 1)
             if module.bias is not None:
                 module.bias.zero_()
-
-
-# --- all frames at once ---------------------------------------------------------------------------------------------
-
-
-def in_one_pass(vae: AutoencoderKLWan) -> AutoencoderKLWan:
-    """Teach the modules of ``vae`` to take a whole clip where they are given no cache. The stock way stays as it is."""
-    for module in vae.modules():
-        if isinstance(module, WanCausalConv3d):
-            module.forward = MethodType(_causal_conv, module)
-        elif isinstance(module, WanResample):
-            module.forward = MethodType(_resample, module)
-    return vae
-
-
-def encode(vae: AutoencoderKLWan, video_BCTHW: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and logarithm of the variance of the latents of ``4 n + 1`` frames, after `in_one_pass`."""
-    hidden = vae.encoder(patchify(video_BCTHW, vae.config.patch_size))
-    mean_BCTHW, log_variance_BCTHW = vae.quant_conv(hidden).chunk(2, dim=1)
-    return mean_BCTHW, log_variance_BCTHW
-
-
-def decode(vae: AutoencoderKLWan, latents_BCTHW: Tensor) -> Tensor:
-    """Video of raw (not normalised) latents, after `in_one_pass`; not clamped: a clamp would stop the gradient."""
-    hidden = vae.decoder(vae.post_quant_conv(latents_BCTHW), first_chunk=True)
-    return unpatchify(hidden, vae.config.patch_size)
-
-
-def _causal_conv(self: WanCausalConv3d, x: Tensor, cache_x: Tensor | None = None) -> Tensor:
-    if x.shape[2] == 1 and cache_x is None and self.kernel_size == (3, 3, 3) and self.stride == (1, 1, 1):
-        # Before a single frame there are only zeros: one tap in time is left.
-        return F.conv2d(x[:, :, 0], self.weight[:, :, -1], self.bias, padding=1)[:, :, None]
-    return WanCausalConv3d.forward(self, x, cache_x)
-
-
-def _resample(self: WanResample, x: Tensor, feat_cache: list[Any] | None = None, feat_idx: list[int] = [0]) -> Tensor:  # noqa: B006 (the stock signature)
-    if feat_cache is not None:
-        return WanResample.forward(self, x, feat_cache, feat_idx)
-    batch, channels, frames, height, width = x.shape
-    if self.mode == "upsample3d" and frames > 1:
-        # Every latent frame but the first becomes two; the convolution in time starts after the first one.
-        twice = self.time_conv(x[:, :, 1:]).reshape(batch, 2, channels, frames - 1, height, width)
-        twice = twice.permute(0, 2, 3, 1, 4, 5).reshape(batch, channels, 2 * (frames - 1), height, width)
-        x = torch.cat([x[:, :, :1], twice], dim=2)
-    flat = x.transpose(1, 2).flatten(0, 1)
-    y = self.resample(flat).unflatten(0, (batch, x.shape[2])).transpose(1, 2)
-    if self.mode == "downsample3d" and frames > 1:
-        y = torch.cat([y[:, :, :1], self.time_conv(y)], dim=2)  # stride 2, and the first frame stays as it is
-    return y
 
 
 # --- training -------------------------------------------------------------------------------------------------------

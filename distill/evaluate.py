@@ -23,8 +23,8 @@ from diffusers import FlowMatchEulerDiscreteScheduler
 from torch import Tensor
 
 from distill import features, fitting, losses, metrics, report, sampler, schedule, student
-from distill.autoencoder import in_one_pass
 from distill.backbones import wan
+from distill.backbones.wan_autoencoder import in_one_pass
 from distill.config import ConfigError, EvaluateConfig
 from distill.data import shapes
 from distill.loop import can_compile, training_device

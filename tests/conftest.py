@@ -20,19 +20,28 @@ OUR_VARIABLES = (
     "PORT",
     "MODEL",
     "DEVICE",
+    "ENGINE",
+    "COMPILE",
     "MAX_QUEUED",
     "LEASE_S",
     "RUNS",
 )
 
 
+@pytest.fixture(scope="session")
+def engines(tmp_path_factory) -> Path:
+    """Where every test's engines are kept: each is built once."""
+    return tmp_path_factory.mktemp("engines")
+
+
 @pytest.fixture(autouse=True, scope="session")
-def _clean_environment() -> Iterator[None]:
+def _clean_environment(engines) -> Iterator[None]:
     """What a developer has set must not change what the tests see."""
     patch = pytest.MonkeyPatch()
     for name in OUR_VARIABLES:
         patch.delenv(name, raising=False)
     patch.setenv("HF_HUB_OFFLINE", "1")
+    patch.setenv("ENGINES", str(engines))  # for the processes that tests start
     yield
     patch.undo()
 

@@ -6,13 +6,12 @@ import logging
 import os
 import sys
 
-import torch
-
 from distill.student import FolderError
 from worker import jobs
 from worker.contract import ACTIVE_MODEL_KEY, Heartbeat, Record, WorkerState
+from worker.engine.base import EngineError
 from worker.gpu_worker import GpuWorker, Pulse
-from worker.pipeline import VideoPipeline
+from worker.pipeline import Options, VideoPipeline
 from worker.queues import unique_name
 from worker.records import Records, connect, now
 from worker.settings import Settings, read
@@ -25,9 +24,6 @@ def main() -> int:
     """Run until SIGTERM; the job at hand is finished first. Exit code 2: a setting or the model folder is wrong."""
     logging.basicConfig(level="INFO", stream=sys.stderr, format="%(asctime)s worker  %(levelname)s %(message)s")
     settings = read(Settings)
-    device = settings.device
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
 
     name = unique_name("worker")
     redis = connect(settings.redis_url)
@@ -45,9 +41,9 @@ def main() -> int:
     pulse.show()
     pulse.start()
     try:
-        pipeline = VideoPipeline(settings.model, device=device, threads=settings.torch_threads)
+        pipeline = VideoPipeline(settings.model, Options.of(settings))
         timings = pipeline.warm_up().timings_s
-    except FolderError as error:
+    except (FolderError, EngineError) as error:
         sys.stderr.write(f"error: {error}\n")
         pulse.end()
         return 2

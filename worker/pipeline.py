@@ -1,16 +1,16 @@
 """`VideoPipeline`: an image and a sentence in, frames out. No queue, no HTTP.
 
-Around the stock diffusers pipeline: encode, denoise and decode are separate calls so that each is timed and reported,
-and a caller may stop the work between steps by raising from ``on_progress``.
+Around the stock diffusers pipeline, its transformer replaced by an engine. `denoise` and `decode` are separate calls, so
+that one job's decoding can go on beside the next one's denoising. A caller may stop the work between steps by raising
+from ``on_progress``.
 """
 
 from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -20,15 +20,51 @@ import diffusers
 import numpy as np
 import torch
 import transformers
+from cachetools import LRUCache
 from numpy.typing import NDArray
 from PIL import Image
+from torch import Tensor
 
 from distill import student
-from distill.backbones import wan
+from distill.backbones import base as backbones
 from worker.contract import ModelCard, Phase, VideoSize
+from worker.engine import choice
+from worker.engine.eager import EagerEngine
+from worker.settings import Settings
 
 OnProgress = Callable[[Phase, float], None]
 """Called with the phase and the share of all work done, 0 to 1. What it raises ends the call."""
+
+
+@dataclass(frozen=True)
+class Options:
+    """How a model is run."""
+
+    device: str
+    """"cpu" or "cuda"."""
+    threads: int
+    """Of each engine, for work on the CPU. The same number gives the same bytes."""
+    engine: choice.Wanted
+    text_cache_bytes: int
+    """How much of what sentences were encoded to is kept."""
+
+    @classmethod
+    def of(cls, settings: Settings) -> Options:
+        """As the worker's settings say; "auto" is decided here."""
+        device = settings.device
+        if device == "auto":
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+        compile_blocks = device == "cuda" if settings.compile == "auto" else settings.compile == "on"
+        wanted = choice.Wanted(settings.engine, compile_blocks, settings.engines, settings.decode_memory_mb * 2**20)
+        return cls(device, settings.torch_threads, wanted, settings.text_cache_mb * 2**20)
+
+
+@dataclass(frozen=True)
+class Denoised:
+    """A clip before it is decoded."""
+
+    latents_BCTHW: Tensor
+    timings_s: dict[Phase, float]
 
 
 @dataclass(frozen=True)
@@ -42,30 +78,31 @@ class Result:
 class VideoPipeline:
     """A model folder, loaded once and called many times."""
 
-    def __init__(self, folder: Path, *, device: str, threads: int) -> None:
-        """Check the folder, load it and keep it on ``device``.
-
-        Args:
-            folder: a student's or a teacher's folder.
-            device: "cpu" or "cuda".
-            threads: of torch, for work on the CPU. The same number gives the same bytes.
+    def __init__(self, folder: Path, options: Options) -> None:
+        """Check the folder, load it, make its engine.
 
         Raises:
             distill.student.FolderError: the folder cannot be used.
+            worker.engine.base.EngineError: the engine was asked for by name, and it does not work here.
         """
-        torch.set_num_threads(threads)
+        torch.set_num_threads(options.threads)
         for library in (diffusers, transformers):  # their progress bars and advice are not for a server's log
             library.utils.logging.disable_progress_bar()
             library.utils.logging.set_verbosity_error()
         self.card = student.read_card(folder)
-        self.device = device
-        self.threads = threads
-        dtype = torch.float32 if device == "cpu" else torch.bfloat16
+        self.device = options.device
+        self.threads = options.threads
+        dtype = torch.float32 if self.device == "cpu" else torch.bfloat16
         self._pipe: Any = diffusers.DiffusionPipeline.from_pretrained(folder, dtype=dtype, local_files_only=True)
-        self._pipe.to(device)
+        self._pipe.to(self.device)
         self._pipe.set_progress_bar_config(disable=True)
+        self._texts = LRUCache[str, tuple[Tensor, Tensor | None]](options.text_cache_bytes, getsizeof=_bytes)
         # Of the time that each phase takes, for the progress: a guess that each call replaces by what it measured.
         self._shares = {Phase.ENCODING: 0.05, Phase.DENOISING: 0.75, Phase.DECODING: 0.2}
+        self._decoding_stream: Any = torch.cuda.Stream() if self.device == "cuda" else None  # type: ignore[no-untyped-call]
+        with torch.no_grad():
+            self.choice = choice.choose(self._model(), options.engine)
+        self._pipe.transformer = self.choice.engine
 
     @property
     def model_card(self) -> ModelCard:
@@ -82,23 +119,30 @@ class VideoPipeline:
     @property
     def engine(self) -> str:
         """What runs the transformer, and where."""
-        return f"eager-{self.device}"
+        return self.choice.name
 
     def warm_up(self) -> Result:
         """One whole call, so that the first job meets no lazy initialisation."""
-        grey = Image.new("RGB", (self.card.video.width, self.card.video.height), (128, 128, 128))
-        return self(grey, self.card.prompt.examples[0], seed=0)
+        return self(self._grey(), self.card.prompt.examples[0], seed=0)
 
-    @torch.no_grad()
     def __call__(
         self, image: Image.Image, prompt: str, *, seed: int, on_progress: OnProgress = lambda _phase, _share: None
     ) -> Result:
-        """Generate one clip.
+        """Generate one clip: see ``denoise`` and ``decode``."""
+        denoised = self.denoise(image, prompt, seed=seed, on_progress=on_progress)
+        frames_THWC = np.concatenate(list(self.decode(denoised, on_progress=on_progress)))
+        return Result(frames_THWC, denoised.timings_s)
+
+    @torch.no_grad()
+    def denoise(
+        self, image: Image.Image, prompt: str, *, seed: int, on_progress: OnProgress = lambda _phase, _share: None
+    ) -> Denoised:
+        """Make the latents of one clip.
 
         Args:
             image: RGB, of the model's size.
             prompt: in the model's canonical form.
-            seed: of the starting noise; same seed, model, machine and thread count give the same frames.
+            seed: of the starting noise; same seed, model, machine, engine and thread count give the same frames.
             on_progress: see ``OnProgress``.
 
         Raises:
@@ -108,30 +152,35 @@ class VideoPipeline:
         if image.size != size:
             raise ValueError(f"the image is {image.size[0]} x {image.size[1]}; this model takes {size[0]} x {size[1]}")
         call = dict(self.card.call)
-        marks = [time.perf_counter()]
+        marks = [self._clock()]
         encode_share, denoise_share = self._shares[Phase.ENCODING], self._shares[Phase.DENOISING]
 
         # 1. Encode the sentence here; the stock call encodes the image before its first step.
         on_progress(Phase.ENCODING, 0.0)
-        guided = call["guidance_scale"] > 1
-        embeds, negative_embeds = self._pipe.encode_prompt(
-            prompt, None, guided, max_sequence_length=call["max_sequence_length"], device=self._pipe.device
-        )
+        embeds, negative_embeds = self._encode_text(prompt)
 
         # 2. Denoise. The transformer's first call marks the end of the encoding.
-        def first_call(_module: Any, _args: Any, _kwargs: Any) -> None:
+        def first_call(_inputs: dict[str, Tensor]) -> None:
             if len(marks) == 1:
                 marks.append(self._clock())
                 on_progress(Phase.DENOISING, encode_share)
 
+        steps_done: list[Any] = []
+
         def step_end(_pipe: Any, step: int, _timestep: Any, values: dict[str, Any]) -> dict[str, Any]:
             if self.device == "cuda":
-                torch.cuda.synchronize()  # or the loop runs ahead of the GPU and the progress is not true
+                # Python runs ahead of the GPU. What is reported is what the GPU has done: the step before this one,
+                # so that it always has a step to go on with.
+                steps_done.append(torch.cuda.current_stream().record_event())
+                if step == 0:
+                    return values
+                steps_done[step - 1].synchronize()
+                step -= 1
             done = (step + 1) / call["num_inference_steps"]
             on_progress(Phase.DENOISING, encode_share + denoise_share * done)
             return values
 
-        hook = self._pipe.transformer.register_forward_pre_hook(first_call, with_kwargs=True)
+        self.choice.engine.before = first_call
         try:
             latents_BCTHW = self._pipe(
                 image=image,
@@ -144,22 +193,127 @@ class VideoPipeline:
                 **call,
             )[0]
         finally:
-            hook.remove()
+            self.choice.engine.before = None
         marks.append(self._clock())
-
-        # 3. Decode.
+        timings_s = {Phase.ENCODING: marks[1] - marks[0], Phase.DENOISING: marks[2] - marks[1]}
         on_progress(Phase.DECODING, encode_share + denoise_share)
-        video_BCTHW = wan.decode_latents(self._pipe.vae, latents_BCTHW)
-        video_BTHWC = self._pipe.video_processor.postprocess_video(video_BCTHW, output_type="np")
-        frames_THWC = (video_BTHWC[0] * 255).round().astype(np.uint8)
-        marks.append(self._clock())
-        phases = (Phase.ENCODING, Phase.DENOISING, Phase.DECODING)
-        seconds = (after - before for before, after in pairwise(marks))
-        timings_s = dict(zip(phases, seconds, strict=True))
-        self._shares = {phase: taken / (marks[-1] - marks[0]) for phase, taken in timings_s.items()}
-        return Result(frames_THWC, timings_s)
+        return Denoised(latents_BCTHW, timings_s)
+
+    def decode(
+        self, denoised: Denoised, *, on_progress: OnProgress = lambda _phase, _share: None
+    ) -> Iterator[NDArray[np.uint8]]:
+        """The frames of a clip, ``[T, H, W, 3]``, in pieces, each as soon as it is there.
+
+        May run in another thread while the next clip is denoised. The time it takes, without what the caller does
+        between the pieces, is added to ``denoised.timings_s``.
+        """
+        start_share = self._shares[Phase.ENCODING] + self._shares[Phase.DENOISING]
+        seconds, done = 0.0, 0
+        pieces = self._pieces(denoised.latents_BCTHW)
+        while True:
+            started = time.perf_counter()
+            frames_THWC = next(pieces, None)
+            seconds += time.perf_counter() - started
+            if frames_THWC is None:
+                break
+            done += len(frames_THWC)
+            on_progress(Phase.DECODING, start_share + (1 - start_share) * done / self.card.video.num_frames)
+            yield frames_THWC
+        denoised.timings_s[Phase.DECODING] = seconds
+        total = sum(denoised.timings_s.values())
+        self._shares = {phase: taken / total for phase, taken in denoised.timings_s.items()}
+
+    def _pieces(self, latents_BCTHW: Tensor) -> Iterator[NDArray[np.uint8]]:
+        """On a GPU each piece is on its way to the CPU while the next one is decoded."""
+        waiting: Callable[[], NDArray[np.uint8]] | None = None
+        # Entered anew for each piece: a generator that is left half-way must not leave its settings to the caller.
+        pieces = iter(self.choice.decoder(latents_BCTHW))
+        while True:
+            with torch.no_grad(), torch.cuda.stream(self._decoding_stream):
+                piece = next(pieces, None)
+                before, waiting = waiting, None if piece is None else _on_its_way(piece)
+            if before:
+                yield before()
+            if waiting is None:
+                return
+
+    def _encode_text(self, prompt: str) -> tuple[Tensor, Tensor | None]:
+        """Embeddings of the sentence, and of the empty one where the model is guided."""
+        if (found := self._texts.get(prompt)) is not None:
+            return found
+        guided, length = self.card.call["guidance_scale"] > 1, self.card.call["max_sequence_length"]
+        made: tuple[Tensor, Tensor | None] = self._pipe.encode_prompt(
+            prompt, None, guided, max_sequence_length=length, device=self._pipe.device
+        )
+        if _bytes(made) <= self._texts.maxsize:
+            self._texts[prompt] = made
+        return made
+
+    def _model(self) -> choice.Model:
+        """What engines are made from, with the inputs of a real call: one step of the stock pipeline."""
+        transformer = self._pipe.transformer
+        recorder = EagerEngine(transformer)
+        seen: dict[str, Tensor] = {}
+        recorder.before = seen.update
+
+        def stop(_pipe: Any, _step: int, _timestep: Any, values: dict[str, Any]) -> dict[str, Any]:
+            raise _SeenEnough(values["latents"])
+
+        embeds, negative_embeds = self._encode_text(self.card.prompt.examples[0])
+        self._pipe.transformer = recorder
+        try:
+            self._pipe(
+                image=self._grey(),
+                prompt_embeds=embeds,
+                negative_prompt_embeds=negative_embeds,
+                generator=torch.Generator("cpu").manual_seed(0),
+                callback_on_step_end=stop,
+                **self.card.call,
+            )
+            raise RuntimeError(f"{type(self._pipe).__name__} made a clip without ending a step")
+        except _SeenEnough as enough:
+            latents_BCTHW: Tensor = enough.args[0]
+        finally:
+            self._pipe.transformer = transformer
+        return choice.Model(
+            pipe=self._pipe,
+            card=self.card,
+            backbone=backbones.load(self.card.backbone, self.card.task),
+            inputs={name: value.contiguous() for name, value in seen.items()},
+            latents_BCTHW=latents_BCTHW,
+            threads=self.threads,
+        )
+
+    def _grey(self) -> Image.Image:
+        return Image.new("RGB", (self.card.video.width, self.card.video.height), (128, 128, 128))
 
     def _clock(self) -> float:
         if self.device == "cuda":
             torch.cuda.synchronize()
         return time.perf_counter()
+
+
+class _SeenEnough(Exception):
+    """Ends the recording of a call."""
+
+
+def _on_its_way(piece_BCTHW: Tensor) -> Callable[[], NDArray[np.uint8]]:
+    """Start bringing a piece of one video in [-1, 1] to the CPU as bytes; call the result for ``[T, H, W, 3]``."""
+    levels = (piece_BCTHW[0].float() * 0.5 + 0.5).clamp(0, 1) * 255
+    frames_THWC = levels.round().to(torch.uint8).permute(1, 2, 3, 0).contiguous()
+    if frames_THWC.device.type == "cpu":
+        return frames_THWC.numpy
+    there = torch.empty(frames_THWC.shape, dtype=torch.uint8, pin_memory=True)
+    there.copy_(frames_THWC, non_blocking=True)
+    copied = torch.cuda.current_stream().record_event()
+
+    def wait() -> NDArray[np.uint8]:
+        copied.synchronize()
+        frames: NDArray[np.uint8] = there.numpy()
+        return frames
+
+    return wait
+
+
+def _bytes(texts: tuple[Tensor, Tensor | None]) -> int:
+    return sum(text.nbytes for text in texts if text is not None)

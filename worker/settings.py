@@ -31,6 +31,16 @@ class Settings(QueueSettings):
     """A folder under `models/`, or a path to one."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     torch_threads: int = Field(default=os.cpu_count() or 1, ge=1)
+    engine: Literal["auto", "eager", "ort", "trt"] = "auto"
+    """What runs the transformer. auto: TensorRT on a GPU, onnxruntime on a CPU; PyTorch where that does not work."""
+    engines: Path = Path("var/engines")
+    """Where engines are kept once they are built."""
+    compile: Literal["auto", "on", "off"] = "auto"
+    """Whether PyTorch compiles the blocks. auto: on a GPU."""
+    decode_memory_mb: int = Field(default=4096, ge=1)
+    """What decoding may take; above it a clip is decoded in pieces, and pieces in tiles."""
+    text_cache_mb: int = Field(default=64, ge=0)
+    """How much of what sentences were encoded to is kept."""
 
     @field_validator("model")
     @classmethod

@@ -5,7 +5,7 @@ Velocity (noise - x_0) out, noise level sigma in [0, 1] in, latents ``B C T H W`
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
@@ -17,6 +17,9 @@ from distill.config import ConfigError
 
 class Backbone(Protocol):
     """A module of this package."""
+
+    EXPORT_AXES: Mapping[str, tuple[int, ...]]
+    """Of the transformer's inputs by name, the axes that may differ from call to call."""
 
     def blocks(self, transformer: Any) -> nn.ModuleList:
         """The residual blocks in order."""
@@ -43,6 +46,18 @@ class Backbone(Protocol):
 
     def decode_latents(self, vae: Any, latents_BCTHW: Tensor) -> Tensor:
         """Video in [-1, 1] from normalised latents."""
+
+    def decode_in_pieces(self, vae: Any, latents_BCTHW: Tensor) -> Iterator[Tensor]:
+        """The same video, each piece as soon as it is decoded."""
+
+    def decode_bytes(self, vae: Any, num_frames: int, height: int, width: int) -> int:
+        """About what it takes to decode so many frames at a time."""
+
+    def WholeDecoder(self, vae: Any) -> nn.Module:
+        """The same video in one pass: called with ``latents``, gives a tuple of it."""
+
+    def exporting(self, transformer: Any) -> AbstractContextManager[None]:
+        """Within it, ``transformer`` computes the same by operators that an engine's compiler can fuse."""
 
     def with_parts(self, pipe: Any, transformer: Any, scheduler: Any) -> Any:
         """The stock pipeline of ``pipe``'s other parts with these two."""

@@ -7,13 +7,17 @@ N token, L text token, D text width.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from diffusers import WanTransformer3DModel
+from diffusers.models.transformers.transformer_wan import WanAttnProcessor
 from torch import Tensor, nn
+from torch.nn import functional as F
+
+from distill.backbones import wan_autoencoder
 
 NUM_TRAIN_TIMESTEPS = 1000
 
@@ -31,8 +35,36 @@ def normalise(vae: Any, latents_BCTHW: Tensor) -> Tensor:
 
 def decode_latents(vae: Any, latents_BCTHW: Tensor) -> Tensor:
     """Video in [-1, 1] from normalised latents."""
+    return vae.decode(_raw(vae, latents_BCTHW), return_dict=False)[0]
+
+
+def decode_in_pieces(vae: Any, latents_BCTHW: Tensor) -> Iterator[Tensor]:
+    """The same video, each piece as soon as it is decoded."""
+    return wan_autoencoder.decode_in_pieces(vae, _raw(vae, latents_BCTHW))
+
+
+def decode_bytes(vae: Any, num_frames: int, height: int, width: int) -> int:
+    """About what it takes to decode so many frames at a time."""
+    return wan_autoencoder.decode_bytes(vae, num_frames, height, width)
+
+
+class WholeDecoder(nn.Module):
+    """The same video in one pass: faster where a clip is small, and one graph for an engine."""
+
+    def __init__(self, vae: Any) -> None:
+        super().__init__()
+        wan_autoencoder.in_one_pass(vae)
+        self.config, self.dtype = vae.config, vae.dtype
+        self.post_quant_conv, self.decoder = vae.post_quant_conv, vae.decoder  # not the encoder: it is no part of this
+
+    def forward(self, latents: Tensor, return_dict: bool = True) -> tuple[Tensor]:  # noqa: ARG002 (as of every model)
+        """Video in [-1, 1] from normalised latents ``[B, C, T, H, W]``, in a tuple."""
+        return (wan_autoencoder.decode(self, _raw(self, latents)).clamp(-1, 1),)
+
+
+def _raw(vae: Any, latents_BCTHW: Tensor) -> Tensor:
     mean_C, std_C = _statistics(vae, latents_BCTHW)
-    return vae.decode((latents_BCTHW * std_C + mean_C).to(vae.dtype), return_dict=False)[0]
+    return (latents_BCTHW * std_C + mean_C).to(vae.dtype)
 
 
 def _statistics(vae: Any, like: Tensor) -> tuple[Tensor, Tensor]:
@@ -95,6 +127,61 @@ def with_parts(pipe: Any, transformer: Any, scheduler: Any) -> Any:
         transformer=transformer,
         expand_timesteps=True,
     )
+
+
+# --- engines ---------------------------------------------------------------------------------------------------------
+
+EXPORT_AXES: Mapping[str, tuple[int, ...]] = {
+    "hidden_states": (0, 2, 3, 4),
+    "timestep": (0, 1),
+    "encoder_hidden_states": (0,),
+}
+"""Of the transformer's inputs, the axes that may differ from call to call: clips, frames, rows, columns, tokens."""
+
+
+@contextmanager
+def exporting(transformer: Any) -> Iterator[None]:
+    """Within it, ``transformer`` computes the same by operators that an engine's compiler can fuse."""
+    before = transformer.attn_processors
+    transformer.set_attn_processor(_ExportAttnProcessor())
+    try:
+        yield
+    finally:
+        transformer.set_attn_processor(before)
+
+
+class _ExportAttnProcessor(WanAttnProcessor):
+    """The stock attention, but that rotated pairs are put side by side and not written into an empty tensor: such
+    writes become ScatterND, four to a block, which keeps neighbours from being fused. Bit-identical."""
+
+    def __call__(
+        self,
+        attn: Any,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        rotary_emb: tuple[Tensor, Tensor] | None = None,
+    ) -> Tensor:
+        if attn.add_k_proj is not None:
+            raise NotImplementedError("attention to image embeddings (Wan2.1-I2V) has no export yet")
+        context = hidden_states if encoder_hidden_states is None else encoder_hidden_states
+        query = attn.norm_q(attn.to_q(hidden_states)).unflatten(2, (attn.heads, -1))
+        key = attn.norm_k(attn.to_k(context)).unflatten(2, (attn.heads, -1))
+        value = attn.to_v(context).unflatten(2, (attn.heads, -1))
+        if rotary_emb is not None:
+            query, key = rotated(query, *rotary_emb), rotated(key, *rotary_emb)
+        heads = F.scaled_dot_product_attention(
+            query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2), attn_mask=attention_mask
+        )
+        return attn.to_out[1](attn.to_out[0](heads.transpose(1, 2).flatten(2, 3).type_as(query)))
+
+
+def rotated(x_BNHD: Tensor, cos_D: Tensor, sin_D: Tensor) -> Tensor:
+    """Rotary embedding of neighbouring pairs, as the stock processor's ``apply_rotary_emb``."""
+    left, right = x_BNHD.unflatten(-1, (-1, 2)).unbind(-1)
+    cos, sin = cos_D[..., 0::2], sin_D[..., 1::2]
+    pairs = torch.stack((left * cos - right * sin, left * sin + right * cos), dim=-1)
+    return pairs.flatten(-2).type_as(x_BNHD)
 
 
 # --- depth ----------------------------------------------------------------------------------------------------------

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from distill import losses, schedule, student
-from distill.autoencoder import in_one_pass
 from distill.backbones import base
+from distill.backbones.wan_autoencoder import in_one_pass
 from distill.config import DEV_CLIPS, DistillConfig
 from distill.latents import Latents
 from distill.loop import Run, compile_blocks, plain_attention, training_device

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from distill import autoencoder, recipes
+from distill.backbones import wan_autoencoder
 from distill.config import override
 
 
@@ -31,11 +32,14 @@ def test_in_one_pass_equals_the_stock_way(vae, frames):
         video = torch.rand(2, 3, frames, 64, 64) * 2 - 1
         latents = vae.encode(video).latent_dist
         decoded = vae.decode(latents.mean).sample
-        autoencoder.in_one_pass(vae)
-        mean, log_variance = autoencoder.encode(vae, video)
+        in_pieces = list(wan_autoencoder.decode_in_pieces(vae, latents.mean))
+        assert [piece.shape[2] for piece in in_pieces] == [1] + [4] * (frames // 4)
+        assert torch.equal(torch.cat(in_pieces, dim=2), decoded)
+        wan_autoencoder.in_one_pass(vae)
+        mean, log_variance = wan_autoencoder.encode(vae, video)
         assert torch.allclose(mean, latents.mean, atol=1e-4)
         assert torch.allclose(log_variance.exp(), latents.var, rtol=1e-3)
-        assert torch.allclose(autoencoder.decode(vae, mean).clamp(-1, 1), decoded, atol=1e-4)
+        assert torch.allclose(wan_autoencoder.decode(vae, mean).clamp(-1, 1), decoded, atol=1e-4)
         # The stock way goes on as before, through the same modules.
         assert torch.allclose(vae.decode(vae.encode(video).latent_dist.mean).sample, decoded, atol=1e-4)
         assert decoded.std() > 0.01

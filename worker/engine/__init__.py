@@ -1,0 +1,1 @@
+"""What runs transformer and decoder: PyTorch, onnxruntime or TensorRT, each called like the module it replaces."""

@@ -1,0 +1,186 @@
+"""Which engine runs a model here: the one asked for, or the fastest that works, with the reason for what does not."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Literal
+
+from torch import Tensor
+
+from distill import backbones
+from distill.backbones.base import Backbone
+from distill.student import Card
+from worker.engine import cache, decoders
+from worker.engine.base import Engine, EngineError
+from worker.engine.eager import EagerEngine
+
+log = logging.getLogger(__name__)
+
+EngineKind = Literal["auto", "eager", "ort", "trt"]
+
+GRAPH = "graph.onnx"
+_PARITY = 1e-4
+"""Largest difference from PyTorch that an engine in full precision may show, as a share of the largest value."""
+_FRAMES_IN_A_PIECE = 4
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What the settings say."""
+
+    engine: EngineKind
+    compile: bool
+    """Whether the eager engine compiles its blocks."""
+    folder: Path
+    """Where builds are kept."""
+    decode_memory_bytes: int
+    """What decoding may take at a time; above it a clip is decoded in pieces, and pieces in tiles."""
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What was chosen."""
+
+    engine: Engine
+    decoder: decoders.Decoder
+    reason: str | None
+    """Why it is not an engine that comes first, where that is so."""
+
+    @property
+    def name(self) -> str:
+        """For manifests and heartbeats."""
+        return self.engine.name
+
+
+@dataclass(frozen=True)
+class Model:
+    """What an engine is made from."""
+
+    pipe: Any
+    """The stock pipeline, its modules on their device."""
+    card: Card
+    backbone: Backbone
+    inputs: dict[str, Tensor]
+    """Of the transformer, in one real call."""
+    latents_BCTHW: Tensor
+    """Of the decoder."""
+    threads: int
+
+
+def choose(model: Model, wanted: Wanted) -> Choice:
+    """Make the engine, compared with PyTorch before anything is served.
+
+    Raises:
+        EngineError: the engine was asked for by its name, and it does not work here.
+    """
+    if wanted.engine != "auto":
+        return _MAKERS[wanted.engine](model, wanted)
+    order: tuple[EngineKind, ...] = ("ort",) if model.pipe.device.type == "cpu" else ("trt",)
+    reasons = []
+    for kind in order:
+        try:
+            return _MAKERS[kind](model, wanted)
+        except EngineError as error:
+            reasons.append(f"{kind}: {error}")
+            log.warning("no %s engine: %s", kind, error)
+    eager = _eager(model, wanted)
+    return Choice(eager.engine, eager.decoder, "; ".join(reasons))
+
+
+def _eager(model: Model, wanted: Wanted) -> Choice:
+    return Choice(EagerEngine(model.pipe.transformer, compile_blocks=wanted.compile), _decoder(model, wanted), None)
+
+
+def _ort(model: Model, wanted: Wanted) -> Choice:
+    if model.pipe.device.type != "cpu":
+        raise EngineError(f"onnxruntime is for the CPU here, and the model is on {model.pipe.device.type}")
+    try:
+        from worker.engine import export, ort
+    except ImportError as error:
+        raise EngineError(f"{error.name} is not installed; pip install 'fastlightgen[worker]'") from None
+    builds = cache.Cache(wanted.folder)
+
+    def graph(part: str, module: Any, inputs: dict[str, Tensor]) -> Path:
+        """The module's graph with its own weights. Another student's graph is not exported anew if it is the same."""
+        about = {"engine": "ort", "part": part, "model": model.card.name, "model_sha256": model.card.sha256}
+        key = _key(model, part, inputs, weights=False)
+        exported = builds.get(key, lambda folder: export.export(module, inputs, folder / GRAPH, {}), about) / GRAPH
+        key = _key(model, part, inputs, weights=True)
+        weights = module.state_dict()
+        return builds.get(key, lambda folder: export.with_weights(exported, weights, folder / GRAPH), about) / GRAPH
+
+    pipe = model.pipe
+    with model.backbone.exporting(pipe.transformer):
+        path = graph("transformer", pipe.transformer, model.inputs)
+    engine = ort.OrtEngine(path, pipe.transformer.config, model.threads)
+    check_parity(engine, EagerEngine(pipe.transformer), model.inputs)
+
+    def run_whole() -> Callable[..., Tensor]:
+        whole = model.backbone.WholeDecoder(pipe.vae)
+        inputs = {"latents": model.latents_BCTHW}
+        run = ort.Session(graph("decoder", whole, inputs), model.threads)
+        _compare("the decoder", run(**inputs), whole(**inputs)[0])
+        return run
+
+    return Choice(engine, _decoder(model, wanted, run_whole, "ort"), None)
+
+
+def _trt(model: Model, wanted: Wanted) -> Choice:
+    if model.pipe.device.type != "cuda":
+        raise EngineError("TensorRT needs an NVIDIA GPU, and the model is on the CPU")
+    from worker.engine import trt
+
+    engine = trt.make(model, cache.Cache(wanted.folder))
+    return Choice(engine, _decoder(model, wanted), None)
+
+
+_MAKERS: dict[str, Callable[[Model, Wanted], Choice]] = {"eager": _eager, "ort": _ort, "trt": _trt}
+
+
+def check_parity(engine: Engine, reference: Engine, inputs: dict[str, Tensor], tolerance: float = _PARITY) -> None:
+    """One call of both. Raises ``EngineError`` where they differ by more than ``tolerance`` of the largest value."""
+    _compare(engine.name, engine.infer(inputs), reference.infer(inputs), tolerance)
+
+
+def _compare(what: str, got: Tensor, wanted: Tensor, tolerance: float = _PARITY) -> None:
+    error = ((got.float() - wanted.float()).abs().max() / wanted.float().abs().max()).item()
+    if not error <= tolerance:  # also where it is NaN
+        raise EngineError(
+            f"{what} differs from PyTorch by {error:.2g} of the largest value; {tolerance:.2g} is allowed"
+        )
+
+
+def _decoder(
+    model: Model, wanted: Wanted, run_whole: Callable[[], Callable[..., Tensor]] | None = None, name: str = "eager"
+) -> decoders.Decoder:
+    """The fastest decoder that stays within the memory: ``run_whole`` makes an engine's, else PyTorch's."""
+    vae, video = model.pipe.vae, model.card.video
+    if model.backbone.decode_bytes(vae, video.num_frames, video.height, video.width) <= wanted.decode_memory_bytes:
+        run = run_whole() if run_whole else model.backbone.WholeDecoder(vae)
+        return decoders.WholeDecoder(run, f"whole-{name}")
+    piece = model.backbone.decode_bytes(vae, _FRAMES_IN_A_PIECE, video.height, video.width)
+    kind = decoders.PieceDecoder if piece <= wanted.decode_memory_bytes else decoders.TiledDecoder
+    return kind(model.backbone, vae)
+
+
+def _key(model: Model, part: str, inputs: dict[str, Tensor], *, weights: bool) -> str:
+    """Hash of all that an export of ``part`` reads, with the values of its weights or without."""
+    config, folder = {
+        "transformer": (model.pipe.transformer.config, "transformer/"),
+        "decoder": (model.pipe.vae.config, "vae/"),
+    }[part]
+    sources = Path(backbones.__path__[0]).glob("*.py")
+    files = {name: sha256 for name, sha256 in model.card.files.items() if name.startswith(folder)}
+    return cache.key_of(
+        part=part,
+        # Names with an underscore say where it was read from, and what by.
+        config={name: value for name, value in config.items() if not name.startswith("_")},
+        files=files if weights else {},
+        inputs={name: [list(value.shape), str(value.dtype)] for name, value in inputs.items()},
+        source=cache.source_sha256(*sources, Path(__file__).with_name("export.py")),
+        versions={name: version(name) for name in ("torch", "diffusers", "onnx", "onnxscript")},
+    )
