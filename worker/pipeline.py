@@ -1,15 +1,18 @@
 """`VideoPipeline`: an image and a sentence in, frames out. No queue, no HTTP.
 
-Around the stock diffusers pipeline, its transformer replaced by an engine. `denoise` and `decode` are separate calls, so
-that one job's decoding can go on beside the next one's denoising. A caller may stop the work between steps by raising
-from ``on_progress``.
+Around the stock diffusers pipeline, its transformer replaced by an engine. `denoise` and `decode` are two calls, so that
+one job's decoding can go on beside the next one's denoising. A caller may stop the work between steps by raising from
+``on_progress``.
 """
 
 from __future__ import annotations
 
+import copy
 import os
+import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,6 +32,8 @@ from distill import student
 from distill.backbones import base as backbones
 from worker.contract import ModelCard, Phase, VideoSize
 from worker.engine import choice
+from worker.engine.base import Engine, Observed
+from worker.engine.batching import BatchingEngine
 from worker.engine.eager import EagerEngine
 from worker.settings import Settings
 
@@ -55,7 +60,14 @@ class Options:
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
         compile_blocks = device == "cuda" if settings.compile == "auto" else settings.compile == "on"
-        wanted = choice.Wanted(settings.engine, compile_blocks, settings.engines, settings.decode_memory_mb * 2**20)
+        wanted = choice.Wanted(
+            engine=settings.engine,
+            compile=compile_blocks,
+            cuda_graphs=settings.cuda_graphs,
+            folder=settings.engines,
+            decode_memory_bytes=settings.decode_memory_mb * 2**20,
+            max_batch=settings.max_batch,
+        )
         return cls(device, settings.torch_threads, wanted, settings.text_cache_mb * 2**20)
 
 
@@ -97,6 +109,7 @@ class VideoPipeline:
         self._pipe.to(self.device)
         self._pipe.set_progress_bar_config(disable=True)
         self._texts = LRUCache[str, tuple[Tensor, Tensor | None]](options.text_cache_bytes, getsizeof=_bytes)
+        self._text_lock = threading.Lock()
         # Of the time that each phase takes, for the progress: a guess that each call replaces by what it measured.
         self._shares = {Phase.ENCODING: 0.05, Phase.DENOISING: 0.75, Phase.DECODING: 0.2}
         self._decoding_stream: Any = torch.cuda.Stream() if self.device == "cuda" else None  # type: ignore[no-untyped-call]
@@ -180,9 +193,8 @@ class VideoPipeline:
             on_progress(Phase.DENOISING, encode_share + denoise_share * done)
             return values
 
-        self.choice.engine.before = first_call
-        try:
-            latents_BCTHW = self._pipe(
+        with self._taking_part():
+            latents_BCTHW = self._own_pipe(Observed(self.choice.engine, first_call))(
                 image=image,
                 prompt_embeds=embeds,
                 negative_prompt_embeds=negative_embeds,
@@ -192,8 +204,6 @@ class VideoPipeline:
                 return_dict=False,
                 **call,
             )[0]
-        finally:
-            self.choice.engine.before = None
         marks.append(self._clock())
         timings_s = {Phase.ENCODING: marks[1] - marks[0], Phase.DENOISING: marks[2] - marks[1]}
         on_progress(Phase.DECODING, encode_share + denoise_share)
@@ -237,10 +247,26 @@ class VideoPipeline:
             if waiting is None:
                 return
 
+    def _own_pipe(self, engine: Engine) -> Any:
+        """The stock pipeline for one call. Several may run at once, and scheduler and autoencoder remember things."""
+        pipe = copy.copy(self._pipe)
+        pipe.transformer = engine
+        pipe.scheduler = copy.deepcopy(self._pipe.scheduler)
+        pipe.vae = copy.copy(self._pipe.vae)
+        return pipe
+
+    def _taking_part(self) -> AbstractContextManager[None]:
+        engine = self.choice.engine
+        return engine.taking_part() if isinstance(engine, BatchingEngine) else nullcontext()
+
     def _encode_text(self, prompt: str) -> tuple[Tensor, Tensor | None]:
         """Embeddings of the sentence, and of the empty one where the model is guided."""
-        if (found := self._texts.get(prompt)) is not None:
-            return found
+        with self._text_lock:
+            if (found := self._texts.get(prompt)) is not None:
+                return found
+            return self._encode_anew(prompt)
+
+    def _encode_anew(self, prompt: str) -> tuple[Tensor, Tensor | None]:
         guided, length = self.card.call["guidance_scale"] > 1, self.card.call["max_sequence_length"]
         made: tuple[Tensor, Tensor | None] = self._pipe.encode_prompt(
             prompt, None, guided, max_sequence_length=length, device=self._pipe.device
@@ -251,18 +277,15 @@ class VideoPipeline:
 
     def _model(self) -> choice.Model:
         """What engines are made from, with the inputs of a real call: one step of the stock pipeline."""
-        transformer = self._pipe.transformer
-        recorder = EagerEngine(transformer)
         seen: dict[str, Tensor] = {}
-        recorder.before = seen.update
+        recorder = Observed(EagerEngine(self._pipe.transformer), seen.update)
 
         def stop(_pipe: Any, _step: int, _timestep: Any, values: dict[str, Any]) -> dict[str, Any]:
             raise _SeenEnough(values["latents"])
 
         embeds, negative_embeds = self._encode_text(self.card.prompt.examples[0])
-        self._pipe.transformer = recorder
         try:
-            self._pipe(
+            self._own_pipe(recorder)(
                 image=self._grey(),
                 prompt_embeds=embeds,
                 negative_prompt_embeds=negative_embeds,
@@ -273,8 +296,6 @@ class VideoPipeline:
             raise RuntimeError(f"{type(self._pipe).__name__} made a clip without ending a step")
         except _SeenEnough as enough:
             latents_BCTHW: Tensor = enough.args[0]
-        finally:
-            self._pipe.transformer = transformer
         return choice.Model(
             pipe=self._pipe,
             card=self.card,

@@ -37,6 +37,10 @@ class Settings(QueueSettings):
     """Where engines are kept once they are built."""
     compile: Literal["auto", "on", "off"] = "auto"
     """Whether PyTorch compiles the blocks. auto: on a GPU."""
+    cuda_graphs: bool = False
+    """Whether PyTorch records its work on the GPU and plays it back: for models that are small for their GPU."""
+    max_batch: int = Field(default=1, ge=1)
+    """Clips that are denoised at a time. Above 1 a clip's bytes depend on what it was denoised with."""
     decode_memory_mb: int = Field(default=4096, ge=1)
     """What decoding may take; above it a clip is decoded in pieces, and pieces in tiles."""
     text_cache_mb: int = Field(default=64, ge=0)

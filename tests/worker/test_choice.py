@@ -2,6 +2,7 @@
 
 import copy
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -69,6 +70,8 @@ def test_auto_falls_back_and_says_why(engines, monkeypatch):
 
 
 def test_a_gpu_engine_on_a_cpu_is_refused(engines):
+    with pytest.raises(EngineError, match="CUDA graphs need a GPU, and eager-cpu is not on one"):
+        load(engines, engine="eager", cuda_graphs=True)
     with pytest.raises(EngineError, match="TensorRT needs an NVIDIA GPU"):
         load(engines, engine="trt")
 
@@ -103,7 +106,7 @@ def test_another_students_weights_are_put_into_the_graph_that_is_there(
 @pytest.mark.parametrize(("memory_mb", "name"), [(16, "whole-eager"), (3, "pieces"), (1, "tiles")])
 def test_the_decoder_keeps_to_the_memory(pipelines, memory_mb, name):
     pipeline = pipelines["eager"]
-    wanted = choice.Wanted("eager", False, MODELS_DIR, memory_mb * 2**20)
+    wanted = choice.Wanted("eager", False, False, MODELS_DIR, 1, memory_mb * 2**20)
     model = pipeline._model()
     decoder = choice._decoder(model, wanted)
     assert decoder.name == name
@@ -140,7 +143,7 @@ def test_sentences_are_encoded_once(pipelines, image):
     assert not np.array_equal(made[0], made[1])
 
 
-def test_the_text_cache_is_bounded(engines, image):
+def test_the_text_cache_is_bounded(engines):
     pipeline = load(engines, engine="eager", text_cache_mb=1)
     one = pipeline._texts.currsize
     pipeline._texts = type(pipeline._texts)(2 * one + 1, getsizeof=pipeline._texts.getsizeof)
@@ -165,3 +168,15 @@ def test_a_compiled_engine_is_the_same(pipelines):
         compiled = EagerEngine(copy.deepcopy(eager.transformer), compile_blocks=True)
         choice.check_parity(compiled, eager, pipelines["eager"]._model().inputs)
     assert compiled.name == "compiled-cpu"
+
+
+def test_clips_that_are_denoised_together_are_the_same(pipelines, image, engines):
+    alone = [frames(pipelines["ort"], image, seed=seed) for seed in (1, 2)]
+    batched = load(engines, engine="ort", max_batch=2)
+    with ThreadPoolExecutor(2) as pool:
+        together = list(pool.map(lambda seed: frames(batched, image, seed), (1, 2)))
+    for one, other in zip(alone, together, strict=True):
+        assert psnr_db(other, one) >= 45
+    by_itself = frames(batched, image)
+    assert psnr_db(by_itself, alone[0]) >= 45
+    assert np.array_equal(frames(batched, image), by_itself)

@@ -34,8 +34,6 @@ class Engine(ABC):
         self.config = config
         self.dtype = dtype
         self.device = device
-        self.before: Callable[[dict[str, Tensor]], None] | None = None
-        """Told the inputs of each call before it is made."""
 
     @abstractmethod
     def infer(self, inputs: dict[str, Tensor]) -> Tensor:
@@ -53,10 +51,28 @@ class Engine(ABC):
         for name, value in given.items():
             if not isinstance(value, Tensor):
                 raise TypeError(f"an engine takes tensors; {name} is {type(value).__name__}")
-        if self.before:
-            self.before(given)
         return (self.infer(given),)
 
     def cache_context(self, _name: str) -> AbstractContextManager[None]:
         """For diffusers' feature caches, which engines have none of."""
         return nullcontext()
+
+
+class Observed(Engine):
+    """An engine that somebody listens to."""
+
+    def __init__(self, engine: Engine, before: Callable[[dict[str, Tensor]], None]) -> None:
+        """
+        Args:
+            engine: does the work.
+            before: is told the inputs of each call before it is made.
+        """
+        super().__init__(engine.config, engine.dtype, engine.device)
+        self.name = engine.name
+        self._engine = engine
+        self._before = before
+
+    def infer(self, inputs: dict[str, Tensor]) -> Tensor:
+        """See ``Engine``."""
+        self._before(inputs)
+        return self._engine.infer(inputs)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
@@ -16,7 +16,8 @@ from distill.backbones.base import Backbone
 from distill.student import Card
 from worker.engine import cache, decoders
 from worker.engine.base import Engine, EngineError
-from worker.engine.eager import EagerEngine
+from worker.engine.batching import BatchingEngine
+from worker.engine.eager import EagerEngine, GraphedEngine
 
 log = logging.getLogger(__name__)
 
@@ -35,8 +36,12 @@ class Wanted:
     engine: EngineKind
     compile: bool
     """Whether the eager engine compiles its blocks."""
+    cuda_graphs: bool
+    """Whether it records its work on the GPU and plays it back."""
     folder: Path
     """Where builds are kept."""
+    max_batch: int
+    """Clips in one call of the engine."""
     decode_memory_bytes: int
     """What decoding may take at a time; above it a clip is decoded in pieces, and pieces in tiles."""
 
@@ -77,6 +82,13 @@ def choose(model: Model, wanted: Wanted) -> Choice:
     Raises:
         EngineError: the engine was asked for by its name, and it does not work here.
     """
+    choice = _choose(model, wanted)
+    if wanted.max_batch > 1:
+        return replace(choice, engine=BatchingEngine(choice.engine, wanted.max_batch))
+    return choice
+
+
+def _choose(model: Model, wanted: Wanted) -> Choice:
     if wanted.engine != "auto":
         return _MAKERS[wanted.engine](model, wanted)
     order: tuple[EngineKind, ...] = ("ort",) if model.pipe.device.type == "cpu" else ("trt",)
@@ -92,7 +104,10 @@ def choose(model: Model, wanted: Wanted) -> Choice:
 
 
 def _eager(model: Model, wanted: Wanted) -> Choice:
-    return Choice(EagerEngine(model.pipe.transformer, compile_blocks=wanted.compile), _decoder(model, wanted), None)
+    engine: Engine = EagerEngine(model.pipe.transformer, compile_blocks=wanted.compile)
+    if wanted.cuda_graphs:
+        engine = GraphedEngine(engine)
+    return Choice(engine, _decoder(model, wanted), None)
 
 
 def _ort(model: Model, wanted: Wanted) -> Choice:
@@ -104,25 +119,27 @@ def _ort(model: Model, wanted: Wanted) -> Choice:
         raise EngineError(f"{error.name} is not installed; pip install 'fastlightgen[worker]'") from None
     builds = cache.Cache(wanted.folder)
 
-    def graph(part: str, module: Any, inputs: dict[str, Tensor]) -> Path:
+    batch = {name: (0,) for name in model.inputs} if wanted.max_batch > 1 else {}
+
+    def graph(part: str, module: Any, inputs: dict[str, Tensor], axes: Mapping[str, tuple[int, ...]]) -> Path:
         """The module's graph with its own weights. Another student's graph is not exported anew if it is the same."""
         about = {"engine": "ort", "part": part, "model": model.card.name, "model_sha256": model.card.sha256}
-        key = _key(model, part, inputs, weights=False)
-        exported = builds.get(key, lambda folder: export.export(module, inputs, folder / GRAPH, {}), about) / GRAPH
-        key = _key(model, part, inputs, weights=True)
+        key = _key(model, part, inputs, axes, weights=False)
+        exported = builds.get(key, lambda folder: export.export(module, inputs, folder / GRAPH, axes), about) / GRAPH
+        key = _key(model, part, inputs, axes, weights=True)
         weights = module.state_dict()
         return builds.get(key, lambda folder: export.with_weights(exported, weights, folder / GRAPH), about) / GRAPH
 
     pipe = model.pipe
     with model.backbone.exporting(pipe.transformer):
-        path = graph("transformer", pipe.transformer, model.inputs)
+        path = graph("transformer", pipe.transformer, model.inputs, batch)
     engine = ort.OrtEngine(path, pipe.transformer.config, model.threads)
     check_parity(engine, EagerEngine(pipe.transformer), model.inputs)
 
     def run_whole() -> Callable[..., Tensor]:
         whole = model.backbone.WholeDecoder(pipe.vae)
         inputs = {"latents": model.latents_BCTHW}
-        run = ort.Session(graph("decoder", whole, inputs), model.threads)
+        run = ort.Session(graph("decoder", whole, inputs, {}), model.threads)
         _compare("the decoder", run(**inputs), whole(**inputs)[0])
         return run
 
@@ -167,7 +184,9 @@ def _decoder(
     return kind(model.backbone, vae)
 
 
-def _key(model: Model, part: str, inputs: dict[str, Tensor], *, weights: bool) -> str:
+def _key(
+    model: Model, part: str, inputs: dict[str, Tensor], axes: Mapping[str, tuple[int, ...]], *, weights: bool
+) -> str:
     """Hash of all that an export of ``part`` reads, with the values of its weights or without."""
     config, folder = {
         "transformer": (model.pipe.transformer.config, "transformer/"),
@@ -180,6 +199,7 @@ def _key(model: Model, part: str, inputs: dict[str, Tensor], *, weights: bool) -
         # Names with an underscore say where it was read from, and what by.
         config={name: value for name, value in config.items() if not name.startswith("_")},
         files=files if weights else {},
+        axes=dict(axes),
         inputs={name: [list(value.shape), str(value.dtype)] for name, value in inputs.items()},
         source=cache.source_sha256(*sources, Path(__file__).with_name("export.py")),
         versions={name: version(name) for name in ("torch", "diffusers", "onnx", "onnxscript")},
