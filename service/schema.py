@@ -136,11 +136,26 @@ class Examples(BaseModel):
     data: list[Example]
 
 
-class Readiness(BaseModel):
-    """Whether jobs can be taken; if not, every cause."""
+class Health(BaseModel):
+    """Whether all is well; if not, every cause."""
 
     status: str
     causes: list[str] = []
+
+
+class ReadyWorker(BaseModel):
+    """A worker that takes jobs."""
+
+    name: str
+    model: str
+    engine: str = Field(description="What runs the transformer, and where", examples=["ort-cpu"])
+    engine_reason: str | None = Field(description="Why it is not the engine that comes first, where that is so")
+
+
+class Readiness(Health):
+    """Whether jobs can be taken, and by whom."""
+
+    workers: list[ReadyWorker] = []
 
 
 def generation(

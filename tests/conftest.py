@@ -22,6 +22,7 @@ OUR_VARIABLES = (
     "DEVICE",
     "ENGINE",
     "COMPILE",
+    "OVERLAP",
     "MAX_QUEUED",
     "LEASE_S",
     "RUNS",

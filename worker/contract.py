@@ -220,6 +220,8 @@ class Heartbeat(BaseModel):
     model: str
     model_sha256: str
     engine: str
+    engine_reason: str | None = None
+    """Why it is not the one that comes first, where that is so."""
     started_at: float
     seen_at: float
 

@@ -10,14 +10,14 @@ import hashlib
 import io
 import json
 import logging
+import math
 import platform
-import threading
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import version
 from types import TracebackType
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from PIL import Image
 from redis import Redis
@@ -28,15 +28,14 @@ from rq.timeouts import JobTimeoutException
 from worker import video
 from worker.attempts import attempt, fail, finish, lost
 from worker.contract import OUTPUT_SUFFIXES, SECONDS_KEY, Phase, Record, Status, input_path, output_path
-from worker.pipeline import Result, VideoPipeline
+from worker.flights import Cancelled, Flight, Interrupted, current
 from worker.records import Records, Refused
 from worker.storage import Storage
 
+if TYPE_CHECKING:
+    from worker.pipeline import Denoised, VideoPipeline
+
 log = logging.getLogger(__name__)
-
-
-class Cancelled(Exception):
-    """The job was asked to stop; raised between steps."""
 
 
 @dataclass
@@ -47,8 +46,8 @@ class Runtime:
     pipeline: VideoPipeline
     records: Records[Record]
     storage: Storage
-    stop_job: threading.Event = field(default_factory=threading.Event)
-    """Set by rq's stop-job command."""
+    last_end: float = -math.inf
+    """When a job was last over, by `time.monotonic`."""
 
 
 _runtime: Runtime | None = None  # rq calls module functions by name, so what they work with has to be found here
@@ -87,18 +86,22 @@ def generate_failed(
 
 
 def _attempt(runtime: Runtime, record: Record) -> None:
-    """One attempt at a job that is ours. Raises ``Refused``, ``RedisError``, ``OSError``, or ``Cancelled`` for rq."""
+    """One attempt at a job that is ours.
+
+    Raises ``Refused``, ``RedisError``, ``OSError``, and what rq has asked for: ``Cancelled``, ``Interrupted``.
+    """
+    flight = current()
     if record.model != runtime.pipeline.card.name:
         message = f"{record.model} was replaced by {runtime.pipeline.card.name} while this job waited; send it again"
         fail(runtime.records, record, "model_gone", message)
         return
     try:
-        _run(runtime, record)
+        _run(runtime, record, flight)
     except Cancelled:
         finish(runtime.records, record, Status.CANCELLED)
-        if runtime.stop_job.is_set():
+        if flight.is_stopped:
             raise  # rq asked for it, and records STOPPED
-    except (Refused, RedisError, OSError):
+    except (Interrupted, Refused, RedisError, OSError):
         raise
     except JobTimeoutException:
         message = "the video was not ready in the time that a job may take"
@@ -109,10 +112,38 @@ def _attempt(runtime: Runtime, record: Record) -> None:
         fail(runtime.records, record, "generation_failed", message)
 
 
-def _run(runtime: Runtime, record: Record) -> None:
-    """Encode, denoise, decode, save, publish. Raises ``Cancelled`` or ``Refused`` between steps."""
-    started = time.perf_counter()
-    runtime.stop_job.clear()
+class _Progress:
+    """Writes how far an attempt is. Called between its steps, it is also where an attempt ends that has to."""
+
+    def __init__(self, records: Records[Record], record: Record, flight: Flight) -> None:
+        self._records = records
+        self._record = record
+        self._flight = flight
+        self._phase, self._share = Phase.ENCODING, 0.0
+
+    def __call__(self, phase: Phase, share: float) -> None:
+        # What another job measured meanwhile moves the scale; the bar must not go back.
+        self._phase, self._share = phase, max(self._share, share)
+        self.again()
+
+    def again(self) -> None:
+        """Nothing has changed; but has the job to end?
+
+        Raises:
+            Cancelled, Interrupted, JobTimeoutException: it was asked to, or is late.
+            Refused: the job is no longer this attempt's.
+        """
+        self._flight.check()
+        progress = round(0.98 * self._share, 4)
+        try:
+            self._records.change(self._record, (Status.RUNNING,), fence=True, phase=self._phase, progress=progress)
+        except Refused as refused:
+            raise (Cancelled if refused.found == Status.CANCELLING else refused) from None
+
+
+def _run(runtime: Runtime, record: Record, flight: Flight) -> None:
+    """Encode, denoise, decode, save, publish. Raises between steps what ``_Progress`` does."""
+    started = time.monotonic()
     if runtime.storage.exists(output_path(record.id, "json")):
         # An earlier attempt published everything (the manifest is last) and died before it could say so.
         finish(runtime.records, record, Status.SUCCEEDED, progress=1.0)
@@ -122,25 +153,13 @@ def _run(runtime: Runtime, record: Record) -> None:
     except FileNotFoundError:
         fail(runtime.records, record, "input_missing", "the input image is no longer in the storage")
         return
-
-    def on_progress(phase: Phase, share: float) -> None:
-        if runtime.stop_job.is_set():
-            raise Cancelled
-        try:
-            runtime.records.change(record, (Status.RUNNING,), fence=True, phase=phase, progress=round(0.98 * share, 4))
-        except Refused as refused:
-            raise (Cancelled if refused.found == Status.CANCELLING else refused) from None
-
+    progress = _Progress(runtime.records, record, flight)
     with Image.open(io.BytesIO(image_bytes)) as image:
-        result = runtime.pipeline(image.convert("RGB"), record.prompt, seed=record.seed, on_progress=on_progress)
-
-    on_progress(Phase.SAVING, 1.0)
-    saving = time.perf_counter()
-    mp4 = video.encode_mp4(result.frames_THWC, runtime.pipeline.card.video.fps)
-    runtime.storage.write(output_path(record.id, "mp4"), mp4)
-    runtime.storage.write(output_path(record.id, "jpg"), video.encode_thumbnail(result.frames_THWC))
-    result.timings_s[Phase.SAVING] = time.perf_counter() - saving
-    manifest = _manifest(runtime, record, result, image_bytes, mp4)
+        denoised = runtime.pipeline.denoise(image.convert("RGB"), record.prompt, seed=record.seed, on_progress=progress)
+    flight.leave_transformer()
+    flight.wait_for_decoder(progress.again)
+    mp4 = _decode_and_save(runtime, record, denoised, progress)
+    manifest = _manifest(runtime, record, denoised.timings_s, image_bytes, mp4)
     runtime.storage.write(output_path(record.id, "json"), (json.dumps(manifest, indent=2) + "\n").encode())
     try:
         finish(runtime.records, record, Status.SUCCEEDED, progress=1.0)
@@ -150,19 +169,45 @@ def _run(runtime: Runtime, record: Record) -> None:
         for suffix in OUTPUT_SUFFIXES:  # deleted while it was being saved: leave nothing behind
             runtime.storage.delete(output_path(record.id, suffix))
         return
-    _learn_duration(runtime, time.perf_counter() - started)
+    _learn_duration(runtime, started, time.monotonic())
 
 
-def _learn_duration(runtime: Runtime, seconds: float) -> None:
-    """Moving average of a job's seconds, for the ETA. Two workers at once may lose one sample; it does not matter."""
+def _decode_and_save(runtime: Runtime, record: Record, denoised: Denoised, progress: _Progress) -> bytes:
+    """The MP4, saved beside its thumbnail. ffmpeg has each piece of the video while the next is decoded."""
+    size = runtime.pipeline.card.video
+    middle, done = size.num_frames // 2, 0
+    with video.Mp4Writer(size.width, size.height, size.fps, progress.again) as writer:
+        for frames_THWC in runtime.pipeline.decode(denoised, on_progress=progress):
+            writer.write(frames_THWC)
+            if done <= middle < done + len(frames_THWC):
+                thumbnail = video.encode_thumbnail(frames_THWC[middle - done])
+            done += len(frames_THWC)
+        progress(Phase.SAVING, 1.0)
+        saving = time.perf_counter()
+        mp4 = writer.finish()
+    runtime.storage.write(output_path(record.id, "mp4"), mp4)
+    runtime.storage.write(output_path(record.id, "jpg"), thumbnail)
+    denoised.timings_s[Phase.SAVING] = time.perf_counter() - saving
+    return mp4
+
+
+def _learn_duration(runtime: Runtime, started: float, ended: float) -> None:
+    """Moving average of the seconds of the worker that a job takes, for the ETA: those beside an earlier job are its.
+
+    Two workers at once may lose one sample; it does not matter.
+    """
+    seconds = ended - max(started, runtime.last_end)
+    runtime.last_end = ended
     redis, name = runtime.records.redis, runtime.pipeline.card.name
     before = cast(str | None, redis.hget(SECONDS_KEY, name))
     redis.hset(SECONDS_KEY, name, str(seconds if before is None else 0.8 * float(before) + 0.2 * seconds))
 
 
-def _manifest(runtime: Runtime, record: Record, result: Result, image: bytes, mp4: bytes) -> dict[str, Any]:
+def _manifest(
+    runtime: Runtime, record: Record, timings_s: dict[Phase, float], image: bytes, mp4: bytes
+) -> dict[str, Any]:
     """Everything that made this video what it is."""
-    card = runtime.pipeline.card
+    card, choice = runtime.pipeline.card, runtime.pipeline.choice
     return {
         "id": record.id,
         "prompt": record.prompt,
@@ -170,11 +215,13 @@ def _manifest(runtime: Runtime, record: Record, result: Result, image: bytes, mp
         "model": card.name,
         "model_sha256": card.sha256,
         "call": card.call,
-        "engine": runtime.pipeline.engine,
+        "engine": choice.name,
+        "engine_reason": choice.reason,
+        "decoder": choice.decoder.name,
         "input_sha256": hashlib.sha256(image).hexdigest(),
         "video_sha256": hashlib.sha256(mp4).hexdigest(),
         "video": card.video.model_dump(),
-        "timings_s": {phase: round(seconds, 4) for phase, seconds in result.timings_s.items()},
+        "timings_s": {phase: round(seconds, 4) for phase, seconds in timings_s.items()},
         "attempt": record.attempt,
         "machine": {
             "processor": platform.machine(),

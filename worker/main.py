@@ -10,6 +10,7 @@ from distill.student import FolderError
 from worker import jobs
 from worker.contract import ACTIVE_MODEL_KEY, Heartbeat, Record, WorkerState
 from worker.engine.base import EngineError
+from worker.flights import Flights
 from worker.gpu_worker import GpuWorker, Pulse
 from worker.pipeline import Options, VideoPipeline
 from worker.queues import unique_name
@@ -21,7 +22,7 @@ log = logging.getLogger("worker")
 
 
 def main() -> int:
-    """Run until SIGTERM; the job at hand is finished first. Exit code 2: a setting or the model folder is wrong."""
+    """Run until SIGTERM; jobs in flight are finished first. Exit code 2: a setting or the model folder is wrong."""
     logging.basicConfig(level="INFO", stream=sys.stderr, format="%(asctime)s worker  %(levelname)s %(message)s")
     settings = read(Settings)
 
@@ -54,8 +55,10 @@ def main() -> int:
     jobs.install(runtime)
     card = pipeline.model_card
     redis.set(ACTIVE_MODEL_KEY, card.model_dump_json())
-    worker = GpuWorker(connect(settings.redis_url, text=False), runtime, pulse, settings.lease_s)
-    pulse.show(state=WorkerState.READY, model=card.name, model_sha256=card.sha256, engine=pipeline.engine)
+    choice = pipeline.choice
+    pulse.show(model=card.name, model_sha256=card.sha256, engine=choice.name, engine_reason=choice.reason)
+    flights = Flights(settings.max_batch, overlap=settings.overlap)
+    worker = GpuWorker(connect(settings.redis_url, text=False), name, pulse, settings.lease_s, flights)
     try:
         worker.work(logging_level="WARNING")
     finally:

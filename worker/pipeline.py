@@ -1,7 +1,7 @@
 """`VideoPipeline`: an image and a sentence in, frames out. No queue, no HTTP.
 
-Around the stock diffusers pipeline, its transformer replaced by an engine. `denoise` and `decode` are two calls, so that
-one job's decoding can go on beside the next one's denoising. A caller may stop the work between steps by raising from
+Around the stock diffusers pipeline, its transformer replaced by an engine. `denoise` and `decode` are two calls: one
+job's decoding can go on beside the next one's denoising. A caller may stop the work between steps by raising from
 ``on_progress``.
 """
 
@@ -31,7 +31,7 @@ from torch import Tensor
 from distill import student
 from distill.backbones import base as backbones
 from worker.contract import ModelCard, Phase, VideoSize
-from worker.engine import choice
+from worker.engine import choice, memory
 from worker.engine.base import Engine, Observed
 from worker.engine.batching import BatchingEngine
 from worker.engine.eager import EagerEngine
@@ -50,6 +50,8 @@ class Options:
     threads: int
     """Of each engine, for work on the CPU. The same number gives the same bytes."""
     engine: choice.Wanted
+    offload: memory.Offload
+    casting: memory.Casting
     text_cache_bytes: int
     """How much of what sentences were encoded to is kept."""
 
@@ -64,11 +66,29 @@ class Options:
             engine=settings.engine,
             compile=compile_blocks,
             cuda_graphs=settings.cuda_graphs,
+            devices=settings.devices,
+            eager_only=", ".join(
+                f"{name}={value}"
+                for name, value, usual in (
+                    ("OFFLOAD", settings.offload, "none"),
+                    ("CASTING", settings.casting, "none"),
+                    ("DEVICES", settings.devices, 1),
+                    ("CUDA_GRAPHS", settings.cuda_graphs, False),
+                )
+                if value != usual
+            ),
             folder=settings.engines,
             decode_memory_bytes=settings.decode_memory_mb * 2**20,
             max_batch=settings.max_batch,
         )
-        return cls(device, settings.torch_threads, wanted, settings.text_cache_mb * 2**20)
+        return cls(
+            device=device,
+            threads=settings.torch_threads,
+            engine=wanted,
+            offload=settings.offload,
+            casting=settings.casting,
+            text_cache_bytes=settings.text_cache_mb * 2**20,
+        )
 
 
 @dataclass(frozen=True)
@@ -101,12 +121,13 @@ class VideoPipeline:
         for library in (diffusers, transformers):  # their progress bars and advice are not for a server's log
             library.utils.logging.disable_progress_bar()
             library.utils.logging.set_verbosity_error()
+        self._folder = folder
         self.card = student.read_card(folder)
         self.device = options.device
         self.threads = options.threads
         dtype = torch.float32 if self.device == "cpu" else torch.bfloat16
         self._pipe: Any = diffusers.DiffusionPipeline.from_pretrained(folder, dtype=dtype, local_files_only=True)
-        self._pipe.to(self.device)
+        memory.place(self._pipe, offload=options.offload, casting=options.casting, device=torch.device(self.device))
         self._pipe.set_progress_bar_config(disable=True)
         self._texts = LRUCache[str, tuple[Tensor, Tensor | None]](options.text_cache_bytes, getsizeof=_bytes)
         self._text_lock = threading.Lock()
@@ -298,6 +319,7 @@ class VideoPipeline:
             latents_BCTHW: Tensor = enough.args[0]
         return choice.Model(
             pipe=self._pipe,
+            folder=self._folder,
             card=self.card,
             backbone=backbones.load(self.card.backbone, self.card.task),
             inputs={name: value.contiguous() for name, value in seen.items()},
@@ -310,7 +332,7 @@ class VideoPipeline:
 
     def _clock(self) -> float:
         if self.device == "cuda":
-            torch.cuda.synchronize()
+            torch.cuda.current_stream().synchronize()  # and not the decoding of the clip before
         return time.perf_counter()
 
 

@@ -39,8 +39,16 @@ class Settings(QueueSettings):
     """Whether PyTorch compiles the blocks. auto: on a GPU."""
     cuda_graphs: bool = False
     """Whether PyTorch records its work on the GPU and plays it back: for models that are small for their GPU."""
+    offload: Literal["none", "group"] = "none"
+    """group: weights wait in the host's memory and come to the GPU block by block."""
+    casting: Literal["none", "fp8"] = "none"
+    """fp8: the transformer's matrices take a byte for each weight; its output is another one then."""
+    devices: int = Field(default=1, ge=1)
+    """GPUs that share one video."""
     max_batch: int = Field(default=1, ge=1)
     """Clips that are denoised at a time. Above 1 a clip's bytes depend on what it was denoised with."""
+    overlap: bool = True
+    """Whether a clip is decoded and saved while the next one is denoised."""
     decode_memory_mb: int = Field(default=4096, ge=1)
     """What decoding may take; above it a clip is decoded in pieces, and pieces in tiles."""
     text_cache_mb: int = Field(default=64, ge=0)

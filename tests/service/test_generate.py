@@ -340,7 +340,11 @@ def test_a_wrong_method_is_405_in_the_envelope(client):
 
 def test_probes(client):
     assert client.get("/livez").json() == {"status": "alive", "causes": []}
-    assert client.get("/readyz").json() == {"status": "ready", "causes": []}
+    ready = client.get("/readyz").json()
+    [worker] = ready.pop("workers")
+    assert ready == {"status": "ready", "causes": []}
+    assert worker.pop("name").startswith("worker-")
+    assert worker == {"model": "shapes-4step", "engine": "ort-cpu", "engine_reason": None}
 
 
 def test_links_follow_the_address_that_the_client_used(client, finished):

@@ -3,6 +3,7 @@
 import copy
 import shutil
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -106,7 +107,7 @@ def test_another_students_weights_are_put_into_the_graph_that_is_there(
 @pytest.mark.parametrize(("memory_mb", "name"), [(16, "whole-eager"), (3, "pieces"), (1, "tiles")])
 def test_the_decoder_keeps_to_the_memory(pipelines, memory_mb, name):
     pipeline = pipelines["eager"]
-    wanted = choice.Wanted("eager", False, False, MODELS_DIR, 1, memory_mb * 2**20)
+    wanted = replace(Options.of(Settings(device="cpu")).engine, decode_memory_bytes=memory_mb * 2**20)
     model = pipeline._model()
     decoder = choice._decoder(model, wanted)
     assert decoder.name == name
@@ -180,3 +181,22 @@ def test_clips_that_are_denoised_together_are_the_same(pipelines, image, engines
     by_itself = frames(batched, image)
     assert psnr_db(by_itself, alone[0]) >= 45
     assert np.array_equal(frames(batched, image), by_itself)
+
+
+def test_fp8_is_the_eager_engines_and_auto_says_so(pipelines, image, engines):
+    cast = load(engines, casting="fp8")
+    assert (cast.engine, cast.choice.reason) == ("eager-cpu", "CASTING=fp8 is for the eager engine")
+    assert 35 <= psnr_db(frames(cast, image), frames(pipelines["eager"], image)) < 90
+    with pytest.raises(EngineError, match="CASTING=fp8 is for ENGINE=eager, and ENGINE=ort"):
+        load(engines, engine="ort", casting="fp8")
+    with pytest.raises(EngineError, match="offload is group and the device is cpu"):
+        load(engines, offload="group")
+
+
+def test_two_processes_share_a_video(pipelines, image, engines):
+    shared = load(engines, devices=2)
+    try:
+        assert (shared.engine, shared.choice.reason) == ("eager-cpu-x2", "DEVICES=2 is for the eager engine")
+        assert psnr_db(frames(shared, image), frames(pipelines["eager"], image)) >= 45
+    finally:
+        shared.choice.engine.close()

@@ -1,7 +1,12 @@
 """`generate` in this process, with a real Redis and a pipeline of a moment: late attempts, lost answers, odd errors."""
 
+import io
+import json
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
+from PIL import Image
 from rq.timeouts import JobTimeoutException
 
 from distill.prompt import Prompt
@@ -9,16 +14,19 @@ from distill.student import Card, Video
 from tests.stack import new_record
 from worker import jobs
 from worker.attempts import claim
-from worker.contract import Phase, Record, Status, input_path, output_path
-from worker.pipeline import Result
+from worker.contract import SECONDS_KEY, Phase, Record, Status, input_path, output_path
+from worker.flights import Cancelled, Flight, Flights, Interrupted
+from worker.pipeline import Denoised
 from worker.records import Records, Refused, connect
 from worker.storage import Storage
 
 
 class MomentaryPipeline:
-    """Stands where `VideoPipeline` stands and makes a grey clip at once; ``during`` is called in the middle."""
+    """Stands where `VideoPipeline` stands and makes a grey clip at once. ``during`` is called in the middle of the
+    denoising, ``amid`` in that of the decoding."""
 
-    device, threads, engine = "cpu", 1, "none"
+    device, threads = "cpu", 1
+    choice = SimpleNamespace(name="none", reason="there is no model", decoder=SimpleNamespace(name="grey"))
     card = Card(
         kind="student",
         name="m",
@@ -36,16 +44,25 @@ class MomentaryPipeline:
     )
 
     def __init__(self) -> None:
-        self.during = lambda: None
+        self.during = self.amid = lambda: None
         self.calls = 0
 
-    def __call__(self, _image, _prompt, *, seed, on_progress):
+    def denoise(self, _image, _prompt, *, seed, on_progress):
         assert seed == 1
         self.calls += 1
         on_progress(Phase.DENOISING, 0.3)
         self.during()
         on_progress(Phase.DENOISING, 0.6)
-        return Result(np.full((5, 16, 16, 3), 128, np.uint8), {Phase.DENOISING: 0.1})
+        return Denoised(None, {Phase.DENOISING: 0.1})
+
+    def decode(self, denoised, *, on_progress):
+        for level in range(5):
+            # Its share is less than what was said before: another job has moved the scale meanwhile.
+            on_progress(Phase.DECODING, 0.5 + level / 20)
+            if level == 3:
+                self.amid()
+            yield np.full((1, 16, 16, 3), 50 * level, np.uint8)
+        denoised.timings_s[Phase.DECODING] = 0.2
 
 
 @pytest.fixture
@@ -158,12 +175,64 @@ def test_a_job_that_is_deleted_while_it_is_made_leaves_nothing(runtime, job, tmp
     assert not list(tmp_path.glob("videos/*"))
 
 
-def test_a_cancelled_job_stops_between_steps(runtime, job, tmp_path):
+@pytest.mark.parametrize("when", ["during", "amid"])
+def test_a_cancelled_job_stops_between_steps(runtime, job, tmp_path, when):
     def cancel() -> None:
         current = runtime.records.get(job.id)
         runtime.records.change(current, (Status.RUNNING,), status=Status.CANCELLING)
 
-    runtime.pipeline.during = cancel
+    setattr(runtime.pipeline, when, cancel)
     jobs.generate(job.id)
     assert runtime.records.get(job.id).status is Status.CANCELLED
     assert not list(tmp_path.glob("videos/*"))
+
+
+@pytest.fixture
+def flight(monkeypatch):
+    """That of every job here."""
+    made = Flight(Flights())
+    monkeypatch.setattr(jobs, "current", lambda: made)
+    return made
+
+
+@pytest.mark.parametrize("when", ["during", "amid"])
+def test_a_job_that_rq_stops_is_cancelled_and_rq_hears_of_it(runtime, job, flight, when):
+    setattr(runtime.pipeline, when, lambda: setattr(flight, "is_stopped", True))
+    with pytest.raises(Cancelled):
+        jobs.generate(job.id)
+    assert runtime.records.get(job.id).status is Status.CANCELLED
+
+
+@pytest.mark.parametrize("when", ["during", "amid"])
+def test_a_job_whose_worker_has_to_end_is_left_to_rq(runtime, job, flight, when, tmp_path):
+    setattr(runtime.pipeline, when, lambda: setattr(flight, "is_interrupted", True))
+    with pytest.raises(Interrupted):
+        jobs.generate(job.id)
+    assert runtime.records.get(job.id).status is Status.RUNNING
+    assert not list(tmp_path.glob("videos/*"))
+
+
+def test_progress_only_grows_and_ends_with_the_job(runtime, job):
+    jobs.generate(job.id)
+    events = [json.loads(data["data"]) for _, data in runtime.records.redis.xrange(f"flg:job:{job.id}:events")]
+    seen = [(event.get("phase"), event["progress"]) for event in events if "progress" in event]
+    assert [progress for _, progress in seen] == sorted(progress for _, progress in seen)
+    assert [phase for phase, _ in seen] == ["encoding", *["denoising"] * 2, *["decoding"] * 5, "saving", None]
+    assert seen[-1] == (None, 1.0)
+
+
+def test_the_manifest_says_what_made_it_and_the_thumbnail_is_the_middle_frame(runtime, job):
+    jobs.generate(job.id)
+    manifest = json.loads(runtime.storage.read(output_path(job.id, "json")))
+    assert (manifest["engine"], manifest["engine_reason"], manifest["decoder"]) == ("none", "there is no model", "grey")
+    assert list(manifest["timings_s"]) == ["denoising", "decoding", "saving"]
+    thumbnail = Image.open(io.BytesIO(runtime.storage.read(output_path(job.id, "jpg"))))
+    assert abs(np.asarray(thumbnail).mean() - 2 * 50) < 2
+
+
+@pytest.mark.parametrize(("last_end", "seconds"), [(5.0, 10), (12.0, 8), (19.0, 1)])
+def test_seconds_beside_an_earlier_job_are_not_counted_twice(runtime, last_end, seconds):
+    runtime.last_end = last_end
+    jobs._learn_duration(runtime, started=10.0, ended=20.0)
+    assert float(runtime.records.redis.hget(SECONDS_KEY, "m")) == seconds
+    assert runtime.last_end == 20.0

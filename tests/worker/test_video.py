@@ -2,7 +2,9 @@
 
 import io
 import re
+import signal
 import subprocess
+import tempfile
 
 import imageio_ffmpeg
 import numpy as np
@@ -10,7 +12,7 @@ import pytest
 from PIL import Image
 
 from tests.clips import decode
-from worker.video import EncodingError, encode_mp4, encode_thumbnail
+from worker.video import EncodingError, Mp4Writer, encode_mp4, encode_thumbnail
 
 
 @pytest.fixture
@@ -21,6 +23,19 @@ def frames():
     for t in range(17):
         made[t, 20:40, 2 * t : 2 * t + 20] = (230, 40, 40)
     return made
+
+
+@pytest.fixture
+def fake_ffmpeg(tmp_path, monkeypatch):
+    """``fake_ffmpeg(script)``: from now on ffmpeg is this."""
+
+    def install(script: str) -> None:
+        fake = tmp_path / "ffmpeg"
+        fake.write_text(f"#!/bin/bash\n{script}\n")
+        fake.chmod(0o755)
+        monkeypatch.setattr("worker.video.imageio_ffmpeg.get_ffmpeg_exe", lambda: str(fake))
+
+    return install
 
 
 def test_the_file_is_h264_yuv420p_with_its_index_first(frames, tmp_path):
@@ -50,16 +65,75 @@ def test_odd_sides_are_refused(frames):
 
 
 @pytest.mark.parametrize("script", ["echo half > ${!#}; echo no space left >&2; exit 1", "exit 0"])
-def test_what_ffmpeg_did_not_finish_is_an_error(frames, tmp_path, monkeypatch, script):
-    fake = tmp_path / "ffmpeg"
-    fake.write_text(f"#!/bin/bash\ncat >/dev/null\n{script}\n")
-    fake.chmod(0o755)
-    monkeypatch.setattr("worker.video.imageio_ffmpeg.get_ffmpeg_exe", lambda: str(fake))
+def test_what_ffmpeg_did_not_finish_is_an_error(frames, fake_ffmpeg, script):
+    fake_ffmpeg(f"cat >/dev/null\n{script}")
     with pytest.raises(EncodingError, match=r"ffmpeg ended with [01]: "):
         encode_mp4(frames, fps=8)
 
 
-def test_the_thumbnail_is_the_middle_frame(frames):
-    with Image.open(io.BytesIO(encode_thumbnail(frames))) as image:
+@pytest.fixture
+def temporary(tmp_path, monkeypatch):
+    """Where temporary files go."""
+    folder = tmp_path / "temporary"
+    folder.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(folder))
+    return folder
+
+
+def test_frames_that_come_in_pieces_give_the_same_bytes(frames, temporary):
+    with Mp4Writer(64, 64, 8) as writer:
+        writer.write(frames[:1])
+        for first in range(1, 17, 4):
+            writer.write(frames[first : first + 4])
+        assert writer.finish() == encode_mp4(frames, fps=8)
+    assert not list(temporary.iterdir())
+
+
+def test_frames_that_lie_scattered_in_memory_are_put_in_order(frames):
+    scattered = np.asfortranarray(frames)
+    assert encode_mp4(scattered, fps=8) == encode_mp4(frames, fps=8)
+
+
+def test_whoever_gives_up_leaves_nothing_behind(frames, temporary):
+    with pytest.raises(KeyError), Mp4Writer(64, 64, 8) as writer:
+        writer.write(frames[:4])
+        process = writer._ffmpeg
+        raise KeyError
+    assert process.returncode == -signal.SIGKILL
+    assert not list(temporary.iterdir())
+
+
+@pytest.mark.parametrize("step", ["write", "finish"])
+def test_whoever_waits_for_ffmpeg_may_give_up(frames, temporary, fake_ffmpeg, monkeypatch, step):
+    fake_ffmpeg({"write": "exec sleep 60", "finish": "cat >/dev/null; exec sleep 60"}[step])
+    monkeypatch.setattr("worker.video._LOOK_S", 0.05)
+
+    def give_up():
+        raise KeyError
+
+    with pytest.raises(KeyError), Mp4Writer(64, 64, 8, look=give_up) as writer:
+        writer.write(np.concatenate([frames] * 2))  # more than the pipe holds
+        assert step == "finish"
+        writer.finish()
+    assert not list(temporary.iterdir())
+
+
+def test_an_ffmpeg_that_ends_half_way_is_an_error_that_says_why(frames, temporary, fake_ffmpeg):
+    fake_ffmpeg("head -c 9 >/dev/null; echo no space left >&2; exit 3")
+    with pytest.raises(EncodingError, match="ffmpeg ended with 3: no space left"), Mp4Writer(64, 64, 8) as writer:
+        while True:
+            writer.write(frames)
+    assert not list(temporary.iterdir())
+
+
+def test_a_missing_ffmpeg_leaves_nothing_behind(temporary, monkeypatch):
+    monkeypatch.setattr("worker.video.imageio_ffmpeg.get_ffmpeg_exe", lambda: "/no/ffmpeg")
+    with pytest.raises(FileNotFoundError), Mp4Writer(64, 64, 8):
+        pass
+    assert not list(temporary.iterdir())
+
+
+def test_a_thumbnail_is_the_frame(frames):
+    with Image.open(io.BytesIO(encode_thumbnail(frames[8]))) as image:
         assert image.format == "JPEG"
         assert np.abs(np.asarray(image).astype(int) - frames[8].astype(int)).mean() < 6

@@ -86,13 +86,13 @@ class Cache:
 
     def _read(self) -> dict[str, Any]:
         try:
-            entries: dict[str, Any] = json.loads((self.folder / _REGISTRY).read_text())
+            entries = json.loads((self.folder / _REGISTRY).read_text())
+            return {key: entry for key, entry in entries.items() if isinstance(entry["files"], dict)}
         except FileNotFoundError:
             return {}
-        except ValueError:
+        except (ValueError, TypeError, AttributeError, KeyError):
             log.warning("%s cannot be read; everything is built anew", self.folder / _REGISTRY)
             return {}
-        return entries
 
     def _enter(self, key: str, entry: dict[str, Any]) -> None:
         with self._locked("registry.lock"):

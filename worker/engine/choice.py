@@ -18,6 +18,7 @@ from worker.engine import cache, decoders
 from worker.engine.base import Engine, EngineError
 from worker.engine.batching import BatchingEngine
 from worker.engine.eager import EagerEngine, GraphedEngine
+from worker.engine.parallel import ParallelEngine
 
 log = logging.getLogger(__name__)
 
@@ -40,6 +41,10 @@ class Wanted:
     """Whether it records its work on the GPU and plays it back."""
     folder: Path
     """Where builds are kept."""
+    devices: int
+    """GPUs that share one video, each with a process of its own."""
+    eager_only: str
+    """Settings that only the eager engine knows, as they are set; empty where there are none."""
     max_batch: int
     """Clips in one call of the engine."""
     decode_memory_bytes: int
@@ -67,6 +72,8 @@ class Model:
 
     pipe: Any
     """The stock pipeline, its modules on their device."""
+    folder: Path
+    """Where it was read from."""
     card: Card
     backbone: Backbone
     inputs: dict[str, Tensor]
@@ -89,8 +96,12 @@ def choose(model: Model, wanted: Wanted) -> Choice:
 
 
 def _choose(model: Model, wanted: Wanted) -> Choice:
+    if wanted.engine not in ("auto", "eager") and wanted.eager_only:
+        raise EngineError(f"{wanted.eager_only} is for ENGINE=eager, and ENGINE={wanted.engine}; leave one of them out")
     if wanted.engine != "auto":
         return _MAKERS[wanted.engine](model, wanted)
+    if wanted.eager_only:
+        return replace(_eager(model, wanted), reason=f"{wanted.eager_only} is for the eager engine")
     order: tuple[EngineKind, ...] = ("ort",) if model.pipe.device.type == "cpu" else ("trt",)
     reasons = []
     for kind in order:
@@ -104,7 +115,13 @@ def _choose(model: Model, wanted: Wanted) -> Choice:
 
 
 def _eager(model: Model, wanted: Wanted) -> Choice:
-    engine: Engine = EagerEngine(model.pipe.transformer, compile_blocks=wanted.compile)
+    transformer = model.pipe.transformer
+    if wanted.devices > 1:
+        engine: Engine = ParallelEngine(
+            transformer, model.folder / "transformer", world_size=wanted.devices, threads=model.threads
+        )
+    else:
+        engine = EagerEngine(transformer, compile_blocks=wanted.compile)
     if wanted.cuda_graphs:
         engine = GraphedEngine(engine)
     return Choice(engine, _decoder(model, wanted), None)

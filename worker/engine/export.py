@@ -8,6 +8,7 @@ the module is an initializer of the same name, shape and type. torch's exporter 
 from __future__ import annotations
 
 import hashlib
+import json
 import logging
 import warnings
 from collections.abc import Iterator, Mapping
@@ -34,6 +35,8 @@ _TYPES = {
     torch.float16: onnx.TensorProto.FLOAT16,
     torch.bfloat16: onnx.TensorProto.BFLOAT16,
 }
+_PARAMETERS = "parameters"
+"""Entry of the file with the names of the parameters; buffers and constants are initializers as well."""
 _EXTERNAL_ABOVE_BYTES = 1_900_000_000  # one protobuf message ends at 2 GiB
 
 
@@ -65,23 +68,28 @@ def export(module: nn.Module, inputs: Mapping[str, Tensor], path: Path, axes: Ma
             verbose=False,
         )
     assert program is not None  # None is what the old exporter returns
-    # A split leaves the exporter as a sequence and what is taken from it, which TensorRT cannot read. Nothing is folded:
-    # that would take parameters away.
+    # A split leaves the exporter as a sequence and what is taken from it, and TensorRT reads no sequences. Nothing else
+    # is folded: that would take parameters away.
     optimizer.fold_constants(program.model, should_fold=lambda _node: False)
     optimizer.remove_unused_nodes(program.model)
     ClearMetadataAndDocStringPass()(program.model)  # where in whose sources each operator comes from
+    program.model.metadata_props[_PARAMETERS] = json.dumps(sorted(module.state_dict()))
     weights = sum(p.numel() * p.element_size() for p in module.parameters())
     program.save(str(path), external_data=weights > _EXTERNAL_ABOVE_BYTES)
     check_names(path, module.state_dict())
 
 
 def check_names(path: Path, weights: Mapping[str, Tensor]) -> None:
-    """Every one of ``weights`` is an initializer of its own name, shape and type.
+    """``weights`` are all of the module's, each an initializer of its own name, shape and type.
 
     Raises:
-        EngineError: one is not; weights could not be put in by name.
+        EngineError: one is missing, or is no such initializer; weights could not be put in by name.
     """
-    found = {tensor.name: (tuple(tensor.dims), tensor.data_type) for tensor in _graph(path).initializer}
+    model = onnx.load(path, load_external_data=False)
+    expected = {entry.key: entry.value for entry in model.metadata_props}[_PARAMETERS]
+    if missing := sorted(set(json.loads(expected)) - weights.keys()):
+        raise EngineError(f"{path.name}: no weights are given for {len(missing)} parameters, as {missing[0]}")
+    found = {tensor.name: (tuple(tensor.dims), tensor.data_type) for tensor in model.graph.initializer}
     for name, weight in weights.items():
         wanted = tuple(weight.shape), _TYPES[weight.dtype]
         if found.get(name) != wanted:
@@ -95,14 +103,15 @@ def with_weights(path: Path, weights: Mapping[str, Tensor], out: Path) -> None:
     """Write the graph of ``path`` with other weights of the same names, as a refit does to an engine.
 
     Raises:
-        EngineError: a weight is missing, left over, or of another shape or type.
+        EngineError: a weight is missing, left over, or of another shape or type. Nothing is written then.
     """
     check_names(path, weights)
     model = onnx.load(path)
     for tensor in model.graph.initializer:
         if tensor.name in weights:
             tensor.CopyFrom(from_array(_numpy(weights[tensor.name]), tensor.name))
-    onnx.save(model, out)
+    external = sum(weight.nbytes for weight in weights.values()) > _EXTERNAL_ABOVE_BYTES
+    onnx.save(model, out, save_as_external_data=external, location=f"{out.name}.data")
 
 
 def structure_sha256(path: Path, weights: Mapping[str, Tensor]) -> str:
