@@ -168,7 +168,9 @@ def _trt(model: Model, wanted: Wanted) -> Choice:
         raise EngineError("TensorRT needs an NVIDIA GPU, and the model is on the CPU")
     from worker.engine import trt
 
-    engine = trt.make(model, cache.Cache(wanted.folder))
+    # Beside one clip at a time, which is what was recorded.
+    together = {name: (wanted.max_batch, *value.shape[1:]) for name, value in model.inputs.items()}
+    engine = trt.make(model, cache.Cache(wanted.folder), [together] if wanted.max_batch > 1 else [])
     return Choice(engine, _decoder(model, wanted), None)
 
 
