@@ -3,8 +3,9 @@
     MODEL=shapes-4step python -m benchmarks.memory [--clips 12]
 
 makes the same clips in every setting of `worker.engine.memory`: bytes of the weights as they are kept, the frames
-against those of full precision, seconds for a clip and, on a GPU, the peak of its memory while a clip is made. On a CPU
-nothing can be offloaded; the weights then take the same way without being copied. Writes Markdown beside this file.
+against those of full precision and, on a GPU, the peak of its memory while a clip is made and the time that this takes.
+On a CPU nothing can be offloaded; the weights then take the same way without being copied. Writes Markdown beside this
+file.
 """
 
 from __future__ import annotations
@@ -131,11 +132,13 @@ def _report(card: student.Card, measured: list[Measured]) -> str:
         psnrs_db = [_psnr_db(*pair) for pair in zip(of.clips, full.clips, strict=True)]
         equal = all(map(math.isinf, psnrs_db))
         quality = "equal | equal" if equal else f"{statistics.median(psnrs_db):.1f} | {min(psnrs_db):.1f}"
-        peak = "" if of.peak_bytes is None else f" {of.peak_bytes / MB:.0f} |"
+        gpu = ""
+        if of.peak_bytes is not None:
+            gpu = f" {of.peak_bytes / MB:.0f} | {1000 * statistics.median(of.seconds):.0f} |"
         share = of.transformer_bytes / full.transformer_bytes
         rows.append(
             f"| {offload} | {casting} | {of.transformer_bytes / MB:.2f} ({share:.0%}) | {of.all_bytes / MB:.2f} | "
-            f"{quality} | {1000 * statistics.median(of.seconds):.0f} |{peak}"
+            f"{quality} |{gpu}"
         )
     lines = "\n".join(rows)
     if full.peak_bytes is None:
@@ -143,7 +146,7 @@ def _report(card: student.Card, measured: list[Measured]) -> str:
         head, rule = "", ""
     else:
         where = f"{torch.cuda.get_device_name()}, bfloat16"
-        head, rule = " GPU peak, MB |", "---:|"
+        head, rule = " GPU peak, MB | median ms a clip |", "---:|---:|"
     return f"""# Less memory for the eager engine
 
 `python -m benchmarks.memory`: {len(full.clips)} clips, each with its own seed, image and sentence, against the same \
@@ -152,8 +155,8 @@ clips in the first row's setting. {card.name}, {card.call["num_inference_steps"]
 {os.cpu_count()} cores ({platform.machine()}), torch {version("torch")}, diffusers {version("diffusers")}, \
 Python {platform.python_version()}.
 
-| offload | casting | transformer's weights, MB | all weights, MB | PSNR, median dB | lowest | median ms a clip |{head}
-|---|---|---:|---:|---:|---:|---:|{rule}
+| offload | casting | transformer's weights, MB | all weights, MB | PSNR, median dB | lowest |{head}
+|---|---|---:|---:|---:|---:|{rule}
 {lines}
 
 Weights as they are kept, in 10^6 bytes. fp8 keeps the matrices of the blocks as float8_e4m3fn, without a scale, and

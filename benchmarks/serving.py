@@ -24,7 +24,7 @@ import httpx
 from PIL import Image
 
 from worker import video
-from worker.pipeline import VideoPipeline
+from worker.pipeline import Options, VideoPipeline
 from worker.settings import Settings
 
 IMAGE = Path(__file__).resolve().parent.parent / "models" / "examples" / "red-circle.png"
@@ -45,7 +45,7 @@ def main() -> int:
         except (httpx.HTTPError, ValueError) as error:
             sys.stderr.write(f"error: {options.url} does not answer ({error}); start the stack with `make up`\n")
             return 1
-        pipeline = VideoPipeline(settings.model, device="cpu", threads=settings.torch_threads)
+        pipeline = VideoPipeline(settings.model, Options.of(settings))
         if pipeline.card.sha256 != model["sha256"]:
             sys.stderr.write(f"error: the stack serves {model['name']}, and MODEL here is another model\n")
             return 1
@@ -70,7 +70,7 @@ def _direct(pipeline: VideoPipeline) -> float:
     with Image.open(io.BytesIO(IMAGE.read_bytes())) as image:
         result = pipeline(image.convert("RGB"), PROMPT, seed=1)
     video.encode_mp4(result.frames_THWC, pipeline.card.video.fps)
-    video.encode_thumbnail(result.frames_THWC)
+    video.encode_thumbnail(result.frames_THWC[0])
     return time.perf_counter() - started
 
 

@@ -132,11 +132,11 @@ def distill_shapes() -> DistillConfig:
             clips=96, sigmas=8, noises=1, sigma_min=0.02, sigma_max=0.98, weighting="elbo", greedy=False, rho=0.3
         ),
         pruning=PruningConfig(
-            unimportant=2.0, skip_probability=0.5, deployed_probability=0.5, alpha=1.0, target="frozen_teacher",
+            unimportant=2.0, skip_probability=0.5, deployed_probability=0.9, alpha=1.0, target="frozen_teacher",
             drift_limit=0.2,
             fit=FitConfig(
-                steps=1800, batch=32, optimiser="muon", learning_rate=5e-4, warmup_steps=50, betas=(0.9, 0.95),
-                weight_decay=0.0, clip_norm=1.0, ema_decay=0.99, log_every=25, checkpoint_every=100, sample_every=250,
+                steps=2400, batch=32, optimiser="muon", learning_rate=8e-4, warmup_steps=50, betas=(0.9, 0.95),
+                weight_decay=0.0, clip_norm=1.0, ema_decay=0.99, log_every=25, checkpoint_every=100, sample_every=400,
             ),
         ),
         matching=MatchingConfig(
@@ -158,7 +158,7 @@ def distill_shapes() -> DistillConfig:
             score_min=0.02,
             score_max=0.98,
             fit=FitConfig(
-                steps=500, batch=16, optimiser="adamw", learning_rate=1e-4, warmup_steps=20, betas=(0.0, 0.99),
+                steps=450, batch=16, optimiser="adamw", learning_rate=1e-4, warmup_steps=20, betas=(0.0, 0.99),
                 weight_decay=0.0, clip_norm=1.0, ema_decay=0.98, log_every=5, checkpoint_every=20, sample_every=50,
             ),
         ),

@@ -230,7 +230,7 @@ class Heartbeat(BaseModel):
 
 ACTIVE_MODEL_KEY = "flg:model:active"
 SECONDS_KEY = "flg:seconds"
-"""Hash: model name -> moving average of the seconds that a job takes, for the ETA."""
+"""Hash: model name -> moving average of the seconds of a worker that a job takes, for the ETA."""
 WORKERS_KEY = "flg:workers"
 """Set of the names of workers; whose heartbeat has run out is no longer one."""
 

@@ -57,7 +57,8 @@ def main() -> int:
     redis.set(ACTIVE_MODEL_KEY, card.model_dump_json())
     choice = pipeline.choice
     pulse.show(model=card.name, model_sha256=card.sha256, engine=choice.name, engine_reason=choice.reason)
-    flights = Flights(settings.max_batch, overlap=settings.overlap)
+    # Offloading moves the autoencoder's weights to and fro, and both stages use it.
+    flights = Flights(settings.max_batch, overlap=settings.overlap and settings.offload == "none")
     worker = GpuWorker(connect(settings.redis_url, text=False), name, pulse, settings.lease_s, flights)
     try:
         worker.work(logging_level="WARNING")

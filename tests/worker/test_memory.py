@@ -120,7 +120,7 @@ def test_group_offload_gives_the_same_video(load, video, casting):
 
 
 def test_group_offload_needs_a_gpu(full):
-    with pytest.raises(EngineError, match=r"offload is group and the device is cpu.*set offload to none, or use a GPU"):
+    with pytest.raises(EngineError, match=r"OFFLOAD=group .* and the device is cpu; set OFFLOAD=none, or use a GPU"):
         memory.place(full, offload="group", casting="none", device=CPU)
     assert not hooked(full.transformer, "group_offloading")
 

@@ -16,6 +16,7 @@ from PIL import Image
 from distill import student
 from distill.backbones import wan
 from tests.stack import ROOT, wait_for
+from worker.engine import memory
 from worker.engine.base import EngineError
 from worker.engine.parallel import FollowerLost, ParallelEngine
 from worker.settings import MODELS_DIR
@@ -195,3 +196,10 @@ def test_a_network_without_a_plan_is_refused():
     )
     with pytest.raises(EngineError, match="diffusers has no plan how to share HunyuanVideoTransformer3DModel"):
         ParallelEngine(hunyuan, FOLDER / "transformer", world_size=2)
+
+
+def test_a_transformer_in_less_memory_is_refused():
+    transformer = load()
+    memory.cast(transformer)
+    with pytest.raises(EngineError, match="is offloaded or cast already; set OFFLOAD=none and CASTING=none"):
+        ParallelEngine(transformer, FOLDER / "transformer", world_size=2)

@@ -35,8 +35,8 @@ def place(pipe: Any, *, offload: Offload, casting: Casting, device: torch.device
     """
     if offload == "group" and device.type == "cpu":
         raise EngineError(
-            "offload is group and the device is cpu; group offload moves weights between a GPU and the host's memory, "
-            "so there is nothing to gain: set offload to none, or use a GPU"
+            "OFFLOAD=group moves weights between a GPU and the host's memory, and the device is cpu; "
+            "set OFFLOAD=none, or use a GPU"
         )
     # In this order: streams return to the copies of the weights that they were given, so those must be the small ones.
     if casting == "fp8":

@@ -126,6 +126,10 @@ class ParallelEngine(Engine):
             raise EngineError(f"{wanted}; this engine is for 2 or more, so use another one")
         if getattr(self.transformer, "_cp_plan", None) is None:
             raise EngineError(f"{wanted}, and diffusers has no plan how to share {kind}; use one device")
+        registries = (getattr(module, "_diffusers_hook", None) for module in self.transformer.modules())
+        if any(registry.hooks for registry in registries if registry is not None):
+            # The followers read the weights as they are, and offload's hooks do not bear with those that split tokens.
+            raise EngineError(f"{wanted}, and {kind} is offloaded or cast already; set OFFLOAD=none and CASTING=none")
         if heads % self.world_size:
             raise EngineError(f"{wanted}, and {kind} has {heads} attention heads; use {_choices(heads)} devices")
         if self.device.type == "cuda" and (count := torch.cuda.device_count()) < self.world_size:
