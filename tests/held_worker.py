@@ -2,7 +2,7 @@
 
 Its pipeline makes grey clips from seeds, and holds each stage of a job until a test lets it go on: the file
 FOLDER/denoise-SEED or FOLDER/decode-SEED. What it has begun and ended is a line each in FOLDER/log. The decoding of
-seed 13 fails.
+seed 13 fails; the first of seed 14 loses the engine.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import numpy as np
 from distill.prompt import Prompt
 from worker import jobs
 from worker.contract import ACTIVE_MODEL_KEY, Heartbeat, ModelCard, Phase, Record, VideoSize, WorkerState
+from worker.engine.errors import EngineLost
 from worker.flights import Flights
 from worker.gpu_worker import GpuWorker, Pulse
 from worker.queues import unique_name
@@ -48,6 +49,9 @@ class HeldPipeline:
                 self._hold("decode", denoised.seed, lambda: on_progress(Phase.DECODING, 0.8))
                 if denoised.seed == 13:
                     raise ValueError("nan")
+                if denoised.seed == 14 and not (self._folder / "lost").exists():
+                    (self._folder / "lost").touch()
+                    raise EngineLost("the GPU cannot be used any more")
             yield np.full((2, 64, 64, 3), denoised.seed + 10 * piece, np.uint8)
         denoised.timings_s[Phase.DECODING] = 0.1
 

@@ -12,6 +12,7 @@ import json
 import logging
 import math
 import platform
+import signal
 import time
 from dataclasses import dataclass
 from functools import partial
@@ -28,6 +29,7 @@ from rq.timeouts import JobTimeoutException
 from worker import video
 from worker.attempts import attempt, fail, finish, lost
 from worker.contract import OUTPUT_SUFFIXES, SECONDS_KEY, Phase, Record, Status, input_path, output_path
+from worker.engine.errors import EngineLost
 from worker.flights import Cancelled, Flight, Interrupted, current
 from worker.records import Records, Refused
 from worker.storage import Storage
@@ -102,6 +104,11 @@ def _attempt(runtime: Runtime, record: Record) -> None:
         if flight.is_stopped:
             raise  # rq asked for it, and records STOPPED
     except (Interrupted, Refused, RedisError, OSError):
+        raise
+    except EngineLost as lost_for_good:
+        # Every later job would fail as well: another worker, or this one started anew, tries again.
+        log.error("%s: %s; this worker ends", record.id, lost_for_good)
+        signal.raise_signal(signal.SIGTERM)
         raise
     except JobTimeoutException:
         message = "the video was not ready in the time that a job may take"

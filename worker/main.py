@@ -9,7 +9,7 @@ import sys
 from distill.student import FolderError
 from worker import jobs
 from worker.contract import ACTIVE_MODEL_KEY, Heartbeat, Record, WorkerState
-from worker.engine.base import EngineError
+from worker.engine.errors import EngineError
 from worker.flights import Flights
 from worker.gpu_worker import GpuWorker, Pulse
 from worker.pipeline import Options, VideoPipeline

@@ -12,7 +12,7 @@ import os
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,6 +35,7 @@ from worker.engine import choice, memory
 from worker.engine.base import Engine, Observed
 from worker.engine.batching import BatchingEngine
 from worker.engine.eager import EagerEngine
+from worker.engine.errors import EngineLost
 from worker.settings import Settings
 
 OnProgress = Callable[[Phase, float], None]
@@ -50,8 +51,6 @@ class Options:
     threads: int
     """Of each engine, for work on the CPU. The same number gives the same bytes."""
     engine: choice.Wanted
-    offload: memory.Offload
-    casting: memory.Casting
     text_cache_bytes: int
     """How much of what sentences were encoded to is kept."""
 
@@ -61,22 +60,16 @@ class Options:
         device = settings.device
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
-        compile_blocks = device == "cuda" if settings.compile == "auto" else settings.compile == "on"
+        # What moves or widens the weights at each use cannot be compiled.
+        usual = device == "cuda" and (settings.offload, settings.casting) == ("none", "none")
+        compile_blocks = usual if settings.compile == "auto" else settings.compile == "on"
         wanted = choice.Wanted(
             engine=settings.engine,
             compile=compile_blocks,
             cuda_graphs=settings.cuda_graphs,
             devices=settings.devices,
-            eager_only=", ".join(
-                f"{name}={value}"
-                for name, value, usual in (
-                    ("OFFLOAD", settings.offload, "none"),
-                    ("CASTING", settings.casting, "none"),
-                    ("DEVICES", settings.devices, 1),
-                    ("CUDA_GRAPHS", settings.cuda_graphs, False),
-                )
-                if value != usual
-            ),
+            offload=settings.offload,
+            casting=settings.casting,
             folder=settings.engines,
             decode_memory_bytes=settings.decode_memory_mb * 2**20,
             max_batch=settings.max_batch,
@@ -85,8 +78,6 @@ class Options:
             device=device,
             threads=settings.torch_threads,
             engine=wanted,
-            offload=settings.offload,
-            casting=settings.casting,
             text_cache_bytes=settings.text_cache_mb * 2**20,
         )
 
@@ -127,7 +118,9 @@ class VideoPipeline:
         self.threads = options.threads
         dtype = torch.float32 if self.device == "cpu" else torch.bfloat16
         self._pipe: Any = diffusers.DiffusionPipeline.from_pretrained(folder, dtype=dtype, local_files_only=True)
-        memory.place(self._pipe, offload=options.offload, casting=options.casting, device=torch.device(self.device))
+        wanted = options.engine
+        choice.check_settings(wanted)
+        memory.place(self._pipe, offload=wanted.offload, casting=wanted.casting, device=torch.device(self.device))
         self._pipe.set_progress_bar_config(disable=True)
         self._texts = LRUCache[str, tuple[Tensor, Tensor | None]](options.text_cache_bytes, getsizeof=_bytes)
         self._text_lock = threading.Lock()
@@ -135,7 +128,7 @@ class VideoPipeline:
         self._shares = {Phase.ENCODING: 0.05, Phase.DENOISING: 0.75, Phase.DECODING: 0.2}
         self._decoding_stream: Any = torch.cuda.Stream() if self.device == "cuda" else None  # type: ignore[no-untyped-call]
         with torch.no_grad():
-            self.choice = choice.choose(self._model(), options.engine)
+            self.choice = choice.choose(self._model(), wanted)
         self._pipe.transformer = self.choice.engine
 
     @property
@@ -214,7 +207,7 @@ class VideoPipeline:
             on_progress(Phase.DENOISING, encode_share + denoise_share * done)
             return values
 
-        with self._taking_part():
+        with self._taking_part(), _lost_device():
             latents_BCTHW = self._own_pipe(Observed(self.choice.engine, first_call))(
                 image=image,
                 prompt_embeds=embeds,
@@ -260,7 +253,7 @@ class VideoPipeline:
         # Entered anew for each piece: a generator that is left half-way must not leave its settings to the caller.
         pieces = iter(self.choice.decoder(latents_BCTHW))
         while True:
-            with torch.no_grad(), torch.cuda.stream(self._decoding_stream):
+            with torch.no_grad(), torch.cuda.stream(self._decoding_stream), _lost_device():
                 piece = next(pieces, None)
                 before, waiting = waiting, None if piece is None else _on_its_way(piece)
             if before:
@@ -334,6 +327,15 @@ class VideoPipeline:
         if self.device == "cuda":
             torch.cuda.current_stream().synchronize()  # and not the decoding of the clip before
         return time.perf_counter()
+
+
+@contextmanager
+def _lost_device() -> Iterator[None]:
+    """After an error of the GPU itself (but for a lack of memory) every later call of the process fails too."""
+    try:
+        yield
+    except torch.AcceleratorError as error:
+        raise EngineLost(f"the GPU cannot be used any more: {error}") from error
 
 
 class _SeenEnough(Exception):

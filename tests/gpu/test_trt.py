@@ -7,9 +7,9 @@ from PIL import Image
 
 from tests.worker import tiny
 from worker.engine import choice, trt
-from worker.engine.base import EngineError
 from worker.engine.cache import Cache
 from worker.engine.eager import EagerEngine
+from worker.engine.errors import EngineError
 from worker.pipeline import Options, VideoPipeline
 from worker.settings import MODELS_DIR, Settings
 

@@ -12,8 +12,8 @@ from PIL import Image
 
 from distill import student
 from worker.engine import choice, decoders
-from worker.engine.base import EngineError
 from worker.engine.eager import EagerEngine
+from worker.engine.errors import EngineError
 from worker.pipeline import Options, VideoPipeline
 from worker.settings import MODELS_DIR, Settings
 
@@ -187,10 +187,23 @@ def test_fp8_is_the_eager_engines_and_auto_says_so(pipelines, image, engines):
     cast = load(engines, casting="fp8")
     assert (cast.engine, cast.choice.reason) == ("eager-cpu", "CASTING=fp8 is for the eager engine")
     assert 35 <= psnr_db(frames(cast, image), frames(pipelines["eager"], image)) < 90
-    with pytest.raises(EngineError, match="CASTING=fp8 is for ENGINE=eager, and ENGINE=ort"):
+    with pytest.raises(EngineError, match="ENGINE=ort and CASTING=fp8 cannot be had together"):
         load(engines, engine="ort", casting="fp8")
-    with pytest.raises(EngineError, match="offload is group and the device is cpu"):
+    with pytest.raises(EngineError, match="OFFLOAD"):
         load(engines, offload="group")
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"compile": "on", "casting": "fp8"}, "COMPILE=on and CASTING=fp8"),
+        ({"cuda_graphs": True, "devices": 2}, "CUDA_GRAPHS=on and DEVICES=2"),
+        ({"max_batch": 2, "offload": "group"}, "MAX_BATCH=2 and OFFLOAD=group"),
+    ],
+)
+def test_settings_that_cannot_be_had_together(engines, settings, said):
+    with pytest.raises(EngineError, match=said):
+        load(engines, **settings)
 
 
 def test_two_processes_share_a_video(pipelines, image, engines):

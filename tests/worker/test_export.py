@@ -9,8 +9,8 @@ import torch
 from distill.backbones import wan
 from tests.worker import tiny
 from worker.engine import choice, export
-from worker.engine.base import EngineError
 from worker.engine.eager import EagerEngine
+from worker.engine.errors import EngineError
 from worker.engine.ort import OrtEngine
 
 DIMS = {"frames": 5, "rows": 8, "columns": 8}

@@ -8,7 +8,7 @@ from PIL import Image
 
 from distill import student
 from worker.engine import memory
-from worker.engine.base import EngineError
+from worker.engine.errors import EngineError
 from worker.settings import MODELS_DIR
 
 FOLDER = MODELS_DIR / "shapes-4step"

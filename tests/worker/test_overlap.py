@@ -207,6 +207,16 @@ def test_a_decoding_that_fails_is_that_jobs_alone(held, submit):
     succeeded(held, second)
 
 
+def test_a_worker_whose_engine_is_lost_ends_and_the_next_makes_the_video(held, worker, submit):
+    record = submit(14)
+    held.go("denoise-14", "decode-14")
+    assert worker.wait(20) == 0
+    assert held.store().get(record.id).status is Status.QUEUED
+    held.start()
+    succeeded(held, record)
+    assert held.store().get(record.id).attempt == 2
+
+
 def test_a_job_has_its_own_time_limit(held, submit):
     first = submit(1)
     held.go("denoise-1")

@@ -17,7 +17,7 @@ from distill import student
 from distill.backbones import wan
 from tests.stack import ROOT, wait_for
 from worker.engine import memory
-from worker.engine.base import EngineError
+from worker.engine.errors import EngineError
 from worker.engine.parallel import FollowerLost, ParallelEngine
 from worker.settings import MODELS_DIR
 

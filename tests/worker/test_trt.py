@@ -15,8 +15,9 @@ import torch
 
 from tests.worker import tiny
 from worker.engine import export, trt
-from worker.engine.base import Engine, EngineError
+from worker.engine.base import Engine
 from worker.engine.cache import Cache
+from worker.engine.errors import EngineError
 from worker.engine.ort import Session
 
 tensorrt_rtx = pytest.importorskip("tensorrt_rtx")

@@ -14,10 +14,6 @@ import torch
 from torch import Tensor
 
 
-class EngineError(Exception):
-    """This engine cannot be had here; the message says why and what would have to change."""
-
-
 class Engine(ABC):
     """Base of every engine. It has what diffusers' pipelines read of a transformer, and ``infer`` to fill in."""
 

@@ -15,9 +15,11 @@ from distill import backbones
 from distill.backbones.base import Backbone
 from distill.student import Card
 from worker.engine import cache, decoders
-from worker.engine.base import Engine, EngineError
+from worker.engine.base import Engine
 from worker.engine.batching import BatchingEngine
 from worker.engine.eager import EagerEngine, GraphedEngine
+from worker.engine.errors import EngineError
+from worker.engine.memory import Casting, Offload
 from worker.engine.parallel import ParallelEngine
 
 log = logging.getLogger(__name__)
@@ -43,12 +45,33 @@ class Wanted:
     """Where builds are kept."""
     devices: int
     """GPUs that share one video, each with a process of its own."""
-    eager_only: str
-    """Settings that only the eager engine knows, as they are set; empty where there are none."""
+    offload: Offload
+    casting: Casting
     max_batch: int
     """Clips in one call of the engine."""
     decode_memory_bytes: int
     """What decoding may take at a time; above it a clip is decoded in pieces, and pieces in tiles."""
+
+    @property
+    def of_eager(self) -> list[str]:
+        """The settings that only the eager engine knows, where they are not as usual."""
+        settings: dict[str, object] = {"OFFLOAD": self.offload, "CASTING": self.casting, "DEVICES": self.devices}
+        settings["CUDA_GRAPHS"] = "on" if self.cuda_graphs else "off"
+        return [f"{name}={value}" for name, value in settings.items() if value not in ("none", "off", 1)]
+
+
+def check_settings(wanted: Wanted) -> None:
+    """Refuse what cannot be had together, before anything is loaded. Raises ``EngineError``."""
+    moved = [text for text in wanted.of_eager if text.startswith(("OFFLOAD", "CASTING"))]
+    together = {
+        f"ENGINE={wanted.engine}": (wanted.engine not in ("auto", "eager"), wanted.of_eager),
+        "COMPILE=on": (wanted.compile, moved),
+        "CUDA_GRAPHS=on": (wanted.cuda_graphs, [t for t in wanted.of_eager if t.startswith(("OFFLOAD", "DEVICES"))]),
+        f"MAX_BATCH={wanted.max_batch}": (wanted.max_batch > 1, [t for t in moved if t.startswith("OFFLOAD")]),
+    }
+    for setting, (is_set, others) in together.items():
+        if is_set and others:
+            raise EngineError(f"{setting} and {others[0]} cannot be had together; leave one of them out")
 
 
 @dataclass(frozen=True)
@@ -96,12 +119,10 @@ def choose(model: Model, wanted: Wanted) -> Choice:
 
 
 def _choose(model: Model, wanted: Wanted) -> Choice:
-    if wanted.engine not in ("auto", "eager") and wanted.eager_only:
-        raise EngineError(f"{wanted.eager_only} is for ENGINE=eager, and ENGINE={wanted.engine}; leave one of them out")
     if wanted.engine != "auto":
         return _MAKERS[wanted.engine](model, wanted)
-    if wanted.eager_only:
-        return replace(_eager(model, wanted), reason=f"{wanted.eager_only} is for the eager engine")
+    if wanted.of_eager:
+        return replace(_eager(model, wanted), reason=f"{', '.join(wanted.of_eager)} is for the eager engine")
     order: tuple[EngineKind, ...] = ("ort",) if model.pipe.device.type == "cpu" else ("trt",)
     reasons = []
     for kind in order:
@@ -195,7 +216,11 @@ def _decoder(
 ) -> decoders.Decoder:
     """The fastest decoder that stays within the memory: ``run_whole`` makes an engine's, else PyTorch's."""
     vae, video = model.pipe.vae, model.card.video
-    if model.backbone.decode_bytes(vae, video.num_frames, video.height, video.width) <= wanted.decode_memory_bytes:
+    whole = wanted.offload == "none"  # its way through the modules would go past what brings their weights
+    if (
+        whole
+        and model.backbone.decode_bytes(vae, video.num_frames, video.height, video.width) <= wanted.decode_memory_bytes
+    ):
         run = run_whole() if run_whole else model.backbone.WholeDecoder(vae)
         return decoders.WholeDecoder(run, f"whole-{name}")
     piece = model.backbone.decode_bytes(vae, _FRAMES_IN_A_PIECE, video.height, video.width)

@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from worker.engine.base import Engine, EngineError
+from worker.engine.base import Engine
+from worker.engine.errors import EngineError
 
 
 class EagerEngine(Engine):

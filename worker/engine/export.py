@@ -25,7 +25,7 @@ from onnx_ir.passes.common import ClearMetadataAndDocStringPass
 from onnxscript import optimizer
 from torch import Tensor, nn
 
-from worker.engine.base import EngineError
+from worker.engine.errors import EngineError
 
 OPSET = 23
 """The first with `Attention` and `RMSNormalization`, which both engines fuse."""

@@ -14,7 +14,7 @@ import torch
 from diffusers.hooks import apply_group_offloading
 from torch import nn
 
-from worker.engine.base import EngineError
+from worker.engine.errors import EngineError
 
 Offload = Literal["none", "group"]
 Casting = Literal["none", "fp8"]

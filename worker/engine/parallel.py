@@ -33,14 +33,15 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from worker.engine.base import Engine, EngineError
+from worker.engine.base import Engine
+from worker.engine.errors import EngineError, EngineLost
 
 LOAD_TIMEOUT_S = 900.0
 """For a follower to start and to read the transformer."""
 
 
-class FollowerLost(Exception):
-    """A call could not be finished, and no later one can be: the worker has to be started anew."""
+class FollowerLost(EngineLost):
+    """One of the processes that share the videos is gone, or does not answer."""
 
 
 @dataclass(frozen=True)

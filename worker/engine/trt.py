@@ -33,9 +33,10 @@ from torch import Tensor
 
 from distill import backbones
 from worker.engine import choice, export
-from worker.engine.base import Engine, EngineError
+from worker.engine.base import Engine
 from worker.engine.cache import Cache, key_of, source_sha256
 from worker.engine.eager import EagerEngine
+from worker.engine.errors import EngineError
 
 log = logging.getLogger(__name__)
 
