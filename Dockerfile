@@ -21,13 +21,15 @@ RUN --mount=type=cache,target=/root/.cache/pip \
 
 FROM build AS build-worker
 ARG TORCH_INDEX_URL=https://download.pytorch.org/whl/cpu
+# With a GPU also "gpu", TensorRT.
+ARG EXTRAS=worker
 RUN --mount=type=cache,target=/root/.cache/pip \
     HOME=/root pip install ${TORCH_INDEX_URL:+--no-deps --index-url "$TORCH_INDEX_URL"} \
     --constraint constraints.txt "$(grep '^torch==' constraints.txt)"
 COPY worker worker
 COPY distill distill
 RUN --mount=type=cache,target=/root/.cache/pip \
-    HOME=/root pip install --constraint constraints.txt --editable '.[worker]'
+    HOME=/root pip install --constraint constraints.txt --editable ".[$EXTRAS]"
 
 FROM build-worker AS build-trainer
 RUN --mount=type=cache,target=/root/.cache/pip \
@@ -44,7 +46,8 @@ HEALTHCHECK --interval=10s --timeout=5s --start-period=30s --retries=3 \
 CMD ["python", "-m", "service"]
 
 FROM base AS worker
-ENV HF_HUB_OFFLINE=1
+ENV HF_HUB_OFFLINE=1 ENGINES=/engines
+RUN install --directory --owner app --group app /engines
 COPY --from=build-worker /opt/venv /opt/venv
 COPY --from=build-worker /app /app
 COPY --chown=app models models

@@ -229,6 +229,7 @@ def _prepare(stack: Stack) -> dict[str, str]:
         "PORT": str(stack.port),
         "REDIS_URL": url,
         "STORAGE_URL": stack.environment.get("STORAGE_URL") or str(stack.var / "storage"),
+        "ENGINES": stack.environment.get("ENGINES") or str(stack.var / "engines"),
         "RUNS": stack.environment.get("RUNS") or str(stack.var / "runs"),
         "PYTHONUNBUFFERED": "1",
     }

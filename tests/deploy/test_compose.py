@@ -132,7 +132,7 @@ def test_the_gpu_worker_is_the_worker_with_another_torch_and_device() -> None:
         key: value for key, value in cpu.items() if key not in differ
     }
     assert gpu["profiles"] == ["gpu"] and "profiles" not in cpu
-    assert gpu["build"] == {**cpu["build"], "args": {"TORCH_INDEX_URL": ""}}
+    assert gpu["build"] == {**cpu["build"], "args": {"TORCH_INDEX_URL": "", "EXTRAS": "worker,gpu"}}
     assert gpu["environment"] == {**cpu["environment"], "DEVICE": "cuda"}
 
 

@@ -20,6 +20,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from worker.engine.errors import EngineError
+
 log = logging.getLogger(__name__)
 
 _REGISTRY = "registry.json"
@@ -63,9 +65,19 @@ class Cache:
             key: see ``key_of``.
             build: writes into the empty folder that it is given. What it raises ends the build, and nothing is left.
             about: what a person may want to know of it; kept in the registry.
+
+        Raises:
+            EngineError: the folder cannot be written.
         """
         if found := self.find(key):
             return found
+        try:
+            return self._make(key, build, about)
+        except OSError as error:
+            reason = f"{self.folder} cannot be written ({error.strerror or error})"
+            raise EngineError(f"{reason}; let ENGINES name a folder that can, with room for the weights") from error
+
+    def _make(self, key: str, build: Callable[[Path], None], about: Mapping[str, Any]) -> Path:
         self.folder.mkdir(parents=True, exist_ok=True)
         with self._locked(f"{key}.lock"):
             if found := self.find(key):
