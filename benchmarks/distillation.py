@@ -31,7 +31,8 @@ from distill.backbones import wan
 from distill.config import EvaluateConfig
 from distill.loop import training_device
 from worker.contract import Phase
-from worker.pipeline import VideoPipeline
+from worker.pipeline import Options, VideoPipeline
+from worker.settings import Settings
 
 ROOT = Path(__file__).resolve().parent.parent
 OUT = Path(__file__).with_suffix(".md")
@@ -154,8 +155,8 @@ def _measure(row: Row, out: Path, config: EvaluateConfig) -> Measured:
 
 def _seconds(folders: list[Path]) -> dict[Path, dict[str, float]]:
     """Median seconds by phase of a request to each model, taken in turn in this process."""
-    threads = os.cpu_count() or 1
-    pipelines = {folder: VideoPipeline(folder, device="cpu", threads=threads) for folder in folders}
+    options = Options.of(Settings(device="cpu"))
+    pipelines = {folder: VideoPipeline(folder, options) for folder in folders}
     image = Image.open(ROOT / "models" / "examples" / "red-circle.png").convert("RGB")
     taken: dict[Path, list[dict[str, float]]] = {folder: [] for folder in folders}
     for repeat in range(REPEATS + 1):

@@ -112,7 +112,7 @@ def evaluate_shapes() -> EvaluateConfig:
 
 
 def distill_shapes() -> DistillConfig:
-    """A 4-step student with 7 of 10 blocks from the bundled teacher: 70 minutes on two cores.
+    """A 4-step student with 7 of 10 blocks from the bundled teacher: under two hours on one core.
 
     Learning rates and the rank of the critic are for 6.6 M parameters; 1e-5, 5e-7 (the paper's) and 128 are for 14 B.
     """

@@ -91,3 +91,4 @@ def main(folder: Path, overlap: bool) -> None:
 if __name__ == "__main__":
     logging.basicConfig(level="INFO", stream=sys.stderr)
     main(Path(sys.argv[1]), sys.argv[2] == "overlap")
+    os._exit(0)  # as the worker does: no thread is waited for

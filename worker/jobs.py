@@ -11,6 +11,7 @@ import io
 import json
 import logging
 import math
+import os
 import platform
 import signal
 import time
@@ -108,7 +109,7 @@ def _attempt(runtime: Runtime, record: Record) -> None:
     except EngineLost as lost_for_good:
         # Every later job would fail as well: another worker, or this one started anew, tries again.
         log.error("%s: %s; this worker ends", record.id, lost_for_good)
-        signal.raise_signal(signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGTERM)  # not to this thread: it has to wake the main one from its queue
         raise
     except JobTimeoutException:
         message = "the video was not ready in the time that a job may take"
