@@ -34,7 +34,7 @@ class Held:
     """Redis, and a worker that a test leads step by step."""
 
     def __init__(self, folder) -> None:
-        self.stack = Stack(folder, LEASE_S="4")
+        self.stack = Stack(folder, LEASE_S="4", TMPDIR=str(folder))  # a killed worker leaves its temporary files
         self.stack.redis.start()
         self.redis = connect(self.stack.redis.url)
         self.queue_redis = connect(self.stack.redis.url, text=False)

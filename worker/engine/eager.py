@@ -74,6 +74,7 @@ class GraphedEngine(Engine):
                 self._engine.infer(held)
         torch.cuda.current_stream().wait_stream(aside)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        # Another thread may be decoding: what it asks of the GPU is none of this recording's.
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
             output = self._engine.infer(held)
         return graph, held, output
