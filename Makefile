@@ -38,7 +38,8 @@ check: $(VENV)/.testing ## Format, lint, types, import rules
 	$(BIN)/python -m mypy
 	$(BIN)/lint-imports --no-logo
 
-bench: $(VENV)/.testing up ## Time requests to the running stack, and the same without service and queue
+bench: $(VENV)/.testing up ## Time requests to the running stack and the same without it, and our engine beside stock diffusers
+	$(BIN)/python -m benchmarks.engines
 	$(BIN)/python -m benchmarks.serving --url "$$($(BIN)/python deploy/stack.py url)" $(ARGS)
 
 # --- installation: a stamp in .venv for each set of packages, renewed when their versions change ----------------------

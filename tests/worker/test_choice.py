@@ -162,6 +162,7 @@ def test_an_engine_says_what_it_is_not_given(pipelines):
         engine(timestep=1.0, return_dict=False)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's own, while it compiles
 def test_a_compiled_engine_is_the_same(pipelines):
     eager = pipelines["eager"].choice.engine
