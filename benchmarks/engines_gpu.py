@@ -12,11 +12,13 @@ import argparse
 import platform
 import statistics
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -28,8 +30,11 @@ from transformers import UMT5Config, UMT5EncoderModel
 
 from distill.backbones import wan
 from worker import video
+from worker.engine import trt
 from worker.engine.base import Engine
+from worker.engine.cache import Cache
 from worker.engine.eager import EagerEngine
+from worker.engine.errors import EngineError
 
 RHO = 0.3
 TEACHER_PASSES, STUDENT_PASSES = 100, 4
@@ -144,7 +149,7 @@ def measure(shape: Shape, device: torch.device, clock: Clock, matmul: float) -> 
         with FlopCounterMode(display=False) as counter, torch.no_grad():
             transformer(**inputs, return_dict=False)
         flops = counter.get_total_flops()
-        for name, engine in engines(transformer):
+        for name, engine in engines(transformer, inputs):
             _reset_peak(device)
             if isinstance(engine, str):
                 rows.append(f"| {role} | {name} | not measured: {engine} | | | | |")
@@ -182,11 +187,26 @@ Denoising is {TEACHER_PASSES} passes of the teacher, {STUDENT_PASSES} of the stu
 """
 
 
-def engines(transformer: Any) -> Iterator[tuple[str, Engine | str]]:
+def engines(transformer: Any, inputs: dict[str, Tensor]) -> Iterator[tuple[str, Engine | str]]:
     """Each engine by name, or why there is none."""
     yield "eager", EagerEngine(transformer)
     yield "compiled blocks", EagerEngine(transformer, compile_blocks=True)
-    yield "TensorRT", "build it with ENGINE=trt; see tests/gpu/test_trt.py"
+    if transformer.device.type == "cpu":
+        yield "TensorRT", "it needs a GPU"
+        return
+    card = SimpleNamespace(name="random", sha256="", files={"transformer/weights": "random"})
+    model: Any = SimpleNamespace(pipe=SimpleNamespace(transformer=transformer), card=card, backbone=wan, inputs=inputs)
+    weights = {name: weight.clone() for name, weight in transformer.state_dict().items()}
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            started = time.monotonic()
+            engine = trt.make(model, Cache(Path(folder)))
+            built_s = time.monotonic() - started
+            started = time.monotonic()
+            engine.refit(weights, lambda _engine: None)
+            yield f"TensorRT: export and build {built_s:.0f} s, refit {time.monotonic() - started:.1f} s", engine
+        except EngineError as error:
+            yield "TensorRT", str(error)
 
 
 def text_encoder(shape: Shape, device: torch.device, dtype: torch.dtype) -> Callable[[], Any]:
