@@ -52,7 +52,7 @@ def main() -> int:
     image = Image.open(IMAGE).convert("RGB")
 
     def call_ours(seed: int) -> tuple[Any, dict[Phase, float]]:
-        # Another sentence each time: what is kept of a sentence would make the encoding free.
+        # Or what is kept of the sentence would make its encoding free.
         ours._texts.clear()
         result = ours(image, PROMPT, seed=seed)
         return result.frames_THWC, result.timings_s

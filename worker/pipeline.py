@@ -108,6 +108,8 @@ class VideoPipeline:
             distill.student.FolderError: the folder cannot be used.
             worker.engine.base.EngineError: the engine was asked for by name, and it does not work here.
         """
+        wanted = options.engine
+        choice.check_settings(wanted)
         torch.set_num_threads(options.threads)
         for library in (diffusers, transformers):  # their progress bars and advice are not for a server's log
             library.utils.logging.disable_progress_bar()
@@ -118,8 +120,6 @@ class VideoPipeline:
         self.threads = options.threads
         dtype = torch.float32 if self.device == "cpu" else torch.bfloat16
         self._pipe: Any = diffusers.DiffusionPipeline.from_pretrained(folder, dtype=dtype, local_files_only=True)
-        wanted = options.engine
-        choice.check_settings(wanted)
         memory.place(self._pipe, offload=wanted.offload, casting=wanted.casting, device=torch.device(self.device))
         self._pipe.set_progress_bar_config(disable=True)
         self._texts = LRUCache[str, tuple[Tensor, Tensor | None]](options.text_cache_bytes, getsizeof=_bytes)

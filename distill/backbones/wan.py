@@ -43,9 +43,7 @@ def decode_in_pieces(vae: Any, latents_BCTHW: Tensor) -> Iterator[Tensor]:
     return wan_autoencoder.decode_in_pieces(vae, _raw(vae, latents_BCTHW))
 
 
-def decode_bytes(vae: Any, num_frames: int, height: int, width: int) -> int:
-    """About what it takes to decode so many frames at a time."""
-    return wan_autoencoder.decode_bytes(vae, num_frames, height, width)
+decode_bytes = wan_autoencoder.decode_bytes
 
 
 class WholeDecoder(nn.Module):

@@ -38,11 +38,11 @@ def decode_in_pieces(vae: AutoencoderKLWan, latents_BCTHW: Tensor) -> Iterator[T
         vae.clear_cache()
 
 
-def decode_bytes(vae: AutoencoderKLWan, frames: int, height: int, width: int) -> int:
+def decode_bytes(vae: AutoencoderKLWan, num_frames: int, height: int, width: int) -> int:
     """About what decoding so many frames of this size at a time takes: four feature maps of the last stage."""
     patch = vae.config.patch_size or 1
     channels = (vae.config.decoder_base_dim or vae.config.base_dim) * vae.config.dim_mult[0]
-    return 4 * frames * (height // patch) * (width // patch) * channels * vae.dtype.itemsize
+    return 4 * num_frames * (height // patch) * (width // patch) * channels * vae.dtype.itemsize
 
 
 def in_one_pass(vae: AutoencoderKLWan) -> AutoencoderKLWan:

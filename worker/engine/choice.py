@@ -123,16 +123,13 @@ def _choose(model: Model, wanted: Wanted) -> Choice:
         return _MAKERS[wanted.engine](model, wanted)
     if wanted.of_eager:
         return replace(_eager(model, wanted), reason=f"{', '.join(wanted.of_eager)} is for the eager engine")
-    order: tuple[EngineKind, ...] = ("ort",) if model.pipe.device.type == "cpu" else ("trt",)
-    reasons = []
-    for kind in order:
-        try:
-            return _MAKERS[kind](model, wanted)
-        except EngineError as error:
-            reasons.append(f"{kind}: {error}")
-            log.warning("no %s engine: %s", kind, error)
-    eager = _eager(model, wanted)
-    return Choice(eager.engine, eager.decoder, "; ".join(reasons))
+    kind = "ort" if model.pipe.device.type == "cpu" else "trt"
+    try:
+        return _MAKERS[kind](model, wanted)
+    except EngineError as error:
+        log.warning("no %s engine: %s", kind, error)
+        reason = f"{kind}: {error}"
+    return replace(_eager(model, wanted), reason=reason)
 
 
 def _eager(model: Model, wanted: Wanted) -> Choice:
@@ -162,11 +159,22 @@ def _ort(model: Model, wanted: Wanted) -> Choice:
     def graph(part: str, module: Any, inputs: dict[str, Tensor], axes: Mapping[str, tuple[int, ...]]) -> Path:
         """The module's graph with its own weights. Another student's graph is not exported anew if it is the same."""
         about = {"engine": "ort", "part": part, "model": model.card.name, "model_sha256": model.card.sha256}
-        key = _key(model, part, inputs, axes, weights=False)
-        exported = builds.get(key, lambda folder: export.export(module, inputs, folder / GRAPH, axes), about) / GRAPH
-        key = _key(model, part, inputs, axes, weights=True)
-        weights = module.state_dict()
-        return builds.get(key, lambda folder: export.with_weights(exported, weights, folder / GRAPH), about) / GRAPH
+        config, files = {
+            "transformer": (model.pipe.transformer.config, "transformer/"),
+            "decoder": (model.pipe.vae.config, "vae/"),
+        }[part]
+        read = graph_read(config, inputs, axes)
+        weights = {name: sha256 for name, sha256 in model.card.files.items() if name.startswith(files)}
+
+        def fill(folder: Path) -> None:
+            exported = builds.get(
+                cache.key_of(part=part, **read),
+                lambda folder: export.export(module, inputs, folder / GRAPH, axes),
+                about,
+            )
+            export.with_weights(exported / GRAPH, module.state_dict(), folder / GRAPH)
+
+        return builds.get(cache.key_of(part=part, weights=weights, **read), fill, about) / GRAPH
 
     pipe = model.pipe
     with model.backbone.exporting(pipe.transformer):
@@ -216,35 +224,26 @@ def _decoder(
 ) -> decoders.Decoder:
     """The fastest decoder that stays within the memory: ``run_whole`` makes an engine's, else PyTorch's."""
     vae, video = model.pipe.vae, model.card.video
-    whole = wanted.offload == "none"  # its way through the modules would go past what brings their weights
-    if (
-        whole
-        and model.backbone.decode_bytes(vae, video.num_frames, video.height, video.width) <= wanted.decode_memory_bytes
-    ):
+
+    def fits(num_frames: int) -> bool:
+        return model.backbone.decode_bytes(vae, num_frames, video.height, video.width) <= wanted.decode_memory_bytes
+
+    # The whole clip's way through the modules would go past what brings offloaded weights.
+    if wanted.offload == "none" and fits(video.num_frames):
         run = run_whole() if run_whole else model.backbone.WholeDecoder(vae)
         return decoders.WholeDecoder(run, f"whole-{name}")
-    piece = model.backbone.decode_bytes(vae, _FRAMES_IN_A_PIECE, video.height, video.width)
-    kind = decoders.PieceDecoder if piece <= wanted.decode_memory_bytes else decoders.TiledDecoder
+    kind = decoders.PieceDecoder if fits(_FRAMES_IN_A_PIECE) else decoders.TiledDecoder
     return kind(model.backbone, vae)
 
 
-def _key(
-    model: Model, part: str, inputs: dict[str, Tensor], axes: Mapping[str, tuple[int, ...]], *, weights: bool
-) -> str:
-    """Hash of all that an export of ``part`` reads, with the values of its weights or without."""
-    config, folder = {
-        "transformer": (model.pipe.transformer.config, "transformer/"),
-        "decoder": (model.pipe.vae.config, "vae/"),
-    }[part]
+def graph_read(config: Any, inputs: Mapping[str, Tensor], axes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
+    """What an export reads of a module but for its weights, to be hashed with ``cache.key_of``."""
     sources = Path(backbones.__path__[0]).glob("*.py")
-    files = {name: sha256 for name, sha256 in model.card.files.items() if name.startswith(folder)}
-    return cache.key_of(
-        part=part,
+    return {
         # Names with an underscore say where it was read from, and what by.
-        config={name: value for name, value in config.items() if not name.startswith("_")},
-        files=files if weights else {},
-        axes=dict(axes),
-        inputs={name: [list(value.shape), str(value.dtype)] for name, value in inputs.items()},
-        source=cache.source_sha256(*sources, Path(__file__).with_name("export.py")),
-        versions={name: version(name) for name in ("torch", "diffusers", "onnx", "onnxscript")},
-    )
+        "config": {name: value for name, value in config.items() if not name.startswith("_")},
+        "axes": dict(axes),
+        "inputs": {name: [list(value.shape), str(value.dtype)] for name, value in inputs.items()},
+        "source": cache.source_sha256(*sources, Path(__file__).with_name("export.py")),
+        "versions": {name: version(name) for name in ("torch", "diffusers", "onnx", "onnxscript")},
+    }

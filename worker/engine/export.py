@@ -19,8 +19,7 @@ from typing import Any
 import ml_dtypes
 import onnx
 import torch
-from onnx.external_data_helper import uses_external_data
-from onnx.numpy_helper import from_array, to_array
+from onnx.numpy_helper import from_array
 from onnx_ir.passes.common import ClearMetadataAndDocStringPass
 from onnxscript import optimizer
 from torch import Tensor, nn
@@ -124,14 +123,6 @@ def structure_sha256(path: Path, weights: Mapping[str, Tensor]) -> str:
     return hashlib.sha256(model.SerializeToString(deterministic=True)).hexdigest()
 
 
-def initializer(path: Path, name: str) -> Any:
-    """One of the graph's constants as an array. Raises ``KeyError``."""
-    for tensor in _graph(path).initializer:
-        if tensor.name == name:
-            return to_array(tensor, base_dir=str(path.parent)) if uses_external_data(tensor) else to_array(tensor)
-    raise KeyError(name)
-
-
 def _numpy(weight: Tensor) -> Any:
     weight = weight.detach().cpu().contiguous()
     if weight.dtype == torch.bfloat16:  # which numpy knows by this package alone
@@ -149,7 +140,3 @@ def _quiet(name: str) -> Iterator[None]:
         yield
     finally:
         logger.setLevel(before)
-
-
-def _graph(path: Path) -> onnx.GraphProto:
-    return onnx.load(path, load_external_data=False).graph

@@ -20,7 +20,6 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cache, partial
-from importlib.metadata import version
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -31,7 +30,6 @@ import torch
 from onnx.helper import tensor_dtype_to_np_dtype
 from torch import Tensor
 
-from distill import backbones
 from worker.engine import choice, export
 from worker.engine.base import Engine
 from worker.engine.cache import Cache, key_of, source_sha256
@@ -472,13 +470,9 @@ def _make(model: choice.Model, builds: Cache, sizes: Sequence[Shapes], expected:
     key = key_of(
         part="structure",
         transformer=type(transformer).__name__,
-        config={name: value for name, value in transformer.config.items() if not name.startswith("_")},
         parameters=_parameters(weights),
-        inputs={name: [list(value.shape), str(value.dtype)] for name, value in model.inputs.items()},
         sizes=all_sizes,
-        axes=axes,
-        source=source_sha256(*Path(backbones.__path__[0]).glob("*.py"), Path(export.__file__)),
-        versions={name: version(name) for name in ("torch", "diffusers", "onnx", "onnxscript")},
+        **choice.graph_read(transformer.config, model.inputs, axes),
     )
     structure = (builds.get(key, describe, {"part": "structure", **about}) / "structure.sha256").read_text()
 
