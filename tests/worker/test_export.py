@@ -116,6 +116,15 @@ def test_it_says_nothing_of_this_machine(graph):
     assert b"site-packages" not in graph.read_bytes()
 
 
+def test_a_module_that_cannot_be_exported_says_why(tmp_path):
+    class Stubborn(torch.nn.Module):
+        def forward(self, x, return_dict):
+            raise NotImplementedError("it has no export yet")
+
+    with pytest.raises(EngineError, match="Stubborn cannot be exported: NotImplementedError: it has no export yet"):
+        export.export(Stubborn(), {"x": torch.ones(1)}, tmp_path / "graph.onnx", {})
+
+
 def test_weights_above_the_limit_of_one_file_stand_beside_it(small, tmp_path, monkeypatch):
     monkeypatch.setattr(export, "_EXTERNAL_ABOVE_BYTES", 1000)
     path, other = tiny.exported(small, tmp_path / "graph.onnx"), tiny.perturbed(small)

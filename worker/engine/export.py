@@ -50,22 +50,27 @@ def export(module: nn.Module, inputs: Mapping[str, Tensor], path: Path, axes: Ma
         axes: of each input, those that may have another size in another call; none of them: a static graph.
 
     Raises:
-        EngineError: the graph does not hold every parameter under its name.
+        EngineError: it cannot be exported, or the graph does not hold every parameter under its name.
     """
     dynamic: dict[str, Any] = {name: dict.fromkeys(axes.get(name, ()), torch.export.Dim.AUTO) for name in inputs}
     with torch.no_grad(), warnings.catch_warnings(), _quiet("torch.onnx"):
         warnings.simplefilter("ignore")  # of copies that the tracer makes
-        program = torch.onnx.export(
-            module,
-            (),
-            kwargs={**inputs, "return_dict": False},
-            dynamo=True,
-            optimize=False,
-            opset_version=OPSET,
-            dynamic_shapes={**dynamic, "return_dict": None} if any(dynamic.values()) else None,
-            output_names=[OUTPUT],
-            verbose=False,
-        )
+        try:
+            program = torch.onnx.export(
+                module,
+                (),
+                kwargs={**inputs, "return_dict": False},
+                dynamo=True,
+                optimize=False,
+                opset_version=OPSET,
+                dynamic_shapes={**dynamic, "return_dict": None} if any(dynamic.values()) else None,
+                output_names=[OUTPUT],
+                verbose=False,
+            )
+        except torch.onnx.OnnxExporterError as error:
+            cause = error.__cause__ or error
+            reason = f"{type(cause).__name__}: {str(cause).partition(chr(10))[0]}"
+            raise EngineError(f"{type(module).__name__} cannot be exported: {reason}") from error
     assert program is not None  # None is what the old exporter returns
     # A split leaves the exporter as a sequence and what is taken from it, and TensorRT reads no sequences. Nothing else
     # is folded: that would take parameters away.
