@@ -45,7 +45,7 @@ def main() -> int:
         except (httpx.HTTPError, ValueError) as error:
             sys.stderr.write(f"error: {options.url} does not answer ({error}); start the stack with `make up`\n")
             return 1
-        pipeline = VideoPipeline(settings.model, Options.of(settings))
+        pipeline = VideoPipeline(settings.model[0], Options.of(settings))
         if pipeline.card.sha256 != model["sha256"]:
             sys.stderr.write(f"error: the stack serves {model['name']}, and MODEL here is another model\n")
             return 1

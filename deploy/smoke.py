@@ -2,6 +2,8 @@
 
     python deploy/smoke.py [--url http://127.0.0.1:8000] [--requests N]
 
+Where the service needs API keys, FASTLIGHTGEN_KEY holds one.
+
 Standard library only, so that it runs wherever the service can be reached from.
 """
 
@@ -52,6 +54,8 @@ def _generate(url: str, image: Path, prompt: str, seed: int) -> dict[str, Any]:
         "seed": seed,
     }
     headers = {"Content-Type": "application/json", "Prefer": "wait=60"}
+    if key := os.environ.get("FASTLIGHTGEN_KEY"):
+        headers["Authorization"] = f"Bearer {key}"
     started = time.perf_counter()
     job = json.loads(_read(urllib.request.Request(f"{url}/generate", json.dumps(body).encode(), headers)))  # noqa: S310
     answered = time.perf_counter()

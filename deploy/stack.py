@@ -1,4 +1,4 @@
-"""`make up | down | dev | logs`: Redis, worker, trainer and service on one machine, under supervisord.
+"""`make up | down | dev | logs`: Redis, worker, trainer, courier and service on one machine, under supervisord.
 
 No file says what is running: every process of a stack carries the stack's folder in its environment and is found by
 that. So nothing goes stale when something is killed, and two checkouts do not meet.
@@ -35,11 +35,14 @@ MARK = "STACK_VAR"
 """The environment variable that every process of a stack has: the stack's folder."""
 
 READY_S = 180
-STOP_S = 155
+STOP_S = 170
 """A little more than the programs' stopwaitsecs together."""
 CRASHES = 5
 """Deaths of one program before `up` stops waiting for it; exit status 2 (a wrong setting) is believed at once."""
 LOG_BYTES, LOG_BACKUPS, ROTATE_S = 10_000_000, 3, 30
+
+MODELS = "shapes-4step,shapes-teacher"
+"""The student, and its teacher to compare it with."""
 
 CURL = (
     'curl -F image=@models/examples/red-circle.png -F prompt="a red circle moves right quickly, static camera"'
@@ -227,6 +230,7 @@ def _prepare(stack: Stack) -> dict[str, str]:
         "STACK_ROTATES": "true",
         "HOST": stack.host,
         "PORT": str(stack.port),
+        "MODEL": stack.environment.get("MODEL") or MODELS,
         "REDIS_URL": url,
         "STORAGE_URL": stack.environment.get("STORAGE_URL") or str(stack.var / "storage"),
         "ENGINES": stack.environment.get("ENGINES") or str(stack.var / "engines"),

@@ -5,27 +5,36 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager, suppress
+from contextlib import asynccontextmanager
 
 from fastapi import FastAPI
 from fastapi.staticfiles import StaticFiles
 from fastapi_swagger import patch_fastapi
 from redis.exceptions import RedisError
 from starlette.concurrency import run_in_threadpool
+from starlette.middleware.cors import CORSMiddleware
 
-from service import errors
+from service import errors, links
+from service.auth import Authenticator
 from service.deps import Context
 from service.distillations import DistillationStore
+from service.events import Hub
+from service.guard import guarded_client
 from service.jobs import JobStore
-from service.middleware import BodyLimit, RequestId
-from service.routes import admin, generate, health, playground, videos
+from service.middleware import BodyLimit, RequestId, SameSite
+from service.reading import Reader
+from service.routes import admin, generate, health, metrics, openai_videos, playground, videos
 from service.settings import Settings
+from service.viewing import signer
+from worker import tracing
+from worker.metrics import Metrics
 from worker.records import connect, connect_async
 from worker.storage import Storage
 
 log = logging.getLogger("service")
 
 _UPKEEP_S = 30
+_OUTSIDE_S = 10
 
 
 def create_app(settings: Settings) -> FastAPI:
@@ -39,14 +48,34 @@ def create_app(settings: Settings) -> FastAPI:
         storage = Storage(settings.storage_url)
         store = JobStore(settings, redis, queue_redis, storage)
         distillations = DistillationStore(redis, queue_redis)
-        app.state.context = Context(settings, redis, async_redis, storage, store, distillations)
-        upkeep = asyncio.create_task(_keep_up(store, distillations))
+        reader = Reader(async_redis, store.lookout)
+        hub = Hub(async_redis, reader)
+        secret = await run_in_threadpool(links.link_secret, redis)
+        outside = guarded_client(settings.private_hosts, https_only=False, timeout_s=_OUTSIDE_S)
+        app.state.context = Context(
+            settings=settings,
+            redis=redis,
+            async_redis=async_redis,
+            storage=storage,
+            store=store,
+            distillations=distillations,
+            authenticator=Authenticator(settings, async_redis),
+            reader=reader,
+            hub=hub,
+            link_secret=secret,
+            sign=signer(secret, settings),
+            outside=outside,
+        )
+        tasks = [asyncio.create_task(_keep_up(store, distillations)), asyncio.create_task(hub.run())]
+        tasks.append(asyncio.create_task(metrics.keep_flushing(app.state.metrics, redis)))
         try:
             yield
         finally:
-            upkeep.cancel()
-            with suppress(asyncio.CancelledError):
-                await upkeep
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+            await outside.aclose()
+            await run_in_threadpool(tracing.flush)
             await async_redis.aclose()
             redis.close()
             queue_redis.close()
@@ -59,15 +88,28 @@ def create_app(settings: Settings) -> FastAPI:
         docs_url=None,
         redoc_url=None,
         swagger_ui_oauth2_redirect_url=None,
+        telemetry=metrics.telemetry(),
     )
+    app.state.metrics = Metrics()
     # FastAPI's own page loads Swagger UI from a CDN; this one serves it from here.
     patch_fastapi(app, docs_url="/docs", redirect_from_root_to_docs=False)
     errors.install(app)
-    for router in (generate.router, videos.router, health.router, playground.router, admin.router):
-        app.include_router(router)
+    for module in (generate, openai_videos, videos, health, metrics, playground, admin):
+        app.include_router(module.router)
     app.mount("/web", StaticFiles(directory=playground.WEB), name="web")
     app.add_middleware(BodyLimit, max_bytes=settings.max_body_bytes)
+    if not settings.needs_key:
+        app.add_middleware(SameSite, public_url=settings.public_url)
+    if settings.cors_origins:
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=settings.cors_origins,
+            allow_methods=["GET", "HEAD", "POST", "DELETE"],
+            allow_headers=["Authorization", "Content-Type", "Idempotency-Key", "Last-Event-ID", "Prefer"],
+            expose_headers=["Location", "Retry-After", "X-Request-Id"],
+        )
     app.add_middleware(RequestId)
+    app.add_middleware(metrics.HttpMetrics, metrics=app.state.metrics)
     return app
 
 

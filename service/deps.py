@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import Annotated, cast
 
-from fastapi import Depends, Query, Request
+import httpx
+from fastapi import Depends, Query, Request, Security
+from fastapi.security import HTTPBearer
 from redis import Redis
 from redis.asyncio import Redis as AsyncRedis
 
+from service.auth import Authenticator, Principal
 from service.distillations import DistillationStore
 from service.errors import ApiError
+from service.events import Hub
 from service.jobs import JobStore
+from service.reading import Reader
+from service.schema import Sign
 from service.settings import Settings
 from worker.storage import Storage
 
@@ -28,22 +34,52 @@ class Context:
     storage: Storage
     store: JobStore
     distillations: DistillationStore
+    authenticator: Authenticator
+    reader: Reader
+    hub: Hub
+    link_secret: bytes
+    """What links to files are signed with."""
+    sign: Sign
+    outside: httpx.AsyncClient
+    """For what clients name: reaches public addresses only."""
 
 
-def _context(request: Request) -> Context:
+# Each is `async`, though it waits for nothing: FastAPI calls others in a thread of their own, for a tenth of a read.
+
+
+async def _context(request: Request) -> Context:
     return cast(Context, request.app.state.context)
 
 
-def _origin(request: Request) -> str:
+async def _origin(request: Request) -> str:
     """How links begin: the configured address, else where this request came in."""
-    settings = _context(request).settings
+    settings = cast(Context, request.app.state.context).settings
     return str(settings.public_url or request.base_url).rstrip("/")
 
 
-def _id_of(prefix: str, noun: str) -> Callable[[str], str]:
+class Requires:
+    """Lets a request pass whose key has the scope. Tests find out by it what each route asks for."""
+
+    def __init__(self, scope: str) -> None:
+        self.scope = scope
+
+    async def __call__(self, request: Request, _shown_in_docs: Annotated[object, Security(_BEARER)]) -> Principal:
+        """Who asks. Raises ``ApiError`` 401, 403."""
+        context = cast(Context, request.app.state.context)
+        return await context.authenticator.require(request, self.scope)
+
+
+_BEARER = HTTPBearer(auto_error=False, scheme_name="API key", description="`fl_...`, where the service needs keys")
+
+
+async def _whoever(request: Request) -> Principal | None:
+    return await cast(Context, request.app.state.context).authenticator.principal(request)
+
+
+def _id_of(prefix: str, noun: str) -> Callable[[str], Awaitable[str]]:
     """Checks for an id as we make them; anything else was never a job, and never reaches a key or a path."""
 
-    def check(job_id: str) -> str:
+    async def check(job_id: str) -> str:
         if not re.fullmatch(prefix + "_[0-9a-z]{26}", job_id):
             raise ApiError(404, "not_found", f"there is no {noun} {job_id[:64]!r}")
         return job_id
@@ -57,3 +93,10 @@ JobIdDep = Annotated[str, Depends(_id_of("vid", "generation"))]
 DistillationIdDep = Annotated[str, Depends(_id_of("dist", "distillation"))]
 LimitDep = Annotated[int, Query(ge=1, le=100)]
 AfterDep = Annotated[str | None, Query(description="`last_id` of the page before")]
+
+GeneratorDep = Annotated[Principal, Depends(Requires("generate"))]
+ReaderDep = Annotated[Principal, Depends(Requires("read"))]
+AdminDep = Annotated[Principal, Depends(Requires("admin"))]
+MetricsDep = Annotated[Principal, Depends(Requires("metrics"))]
+OptionalPrincipalDep = Annotated[Principal | None, Depends(_whoever)]
+"""None for somebody without a key where one is needed: the route decides."""

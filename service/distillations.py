@@ -25,7 +25,7 @@ class DistillationStore(Store[Distillation]):
         """``redis`` decodes responses; ``queue_redis`` (for rq) does not."""
         super().__init__(redis, queue_redis, Distillation, _NO_LIMIT)
 
-    def submit(self, fields: DistillationFields) -> Distillation:
+    def submit(self, fields: DistillationFields, owner: str, request_id: str | None = None) -> Distillation:
         """Check a request, write its record, enqueue it. A refused request leaves nothing behind.
 
         Raises:
@@ -34,7 +34,13 @@ class DistillationStore(Store[Distillation]):
         _check("recipe", fields.recipe, recipes.RECIPES)
         _check("preset", fields.preset, recipes.PRESETS)
         record = Distillation(
-            id=new_id("dist"), status=Status.QUEUED, recipe=fields.recipe, preset=fields.preset, created_at=now()
+            id=new_id("dist"),
+            status=Status.QUEUED,
+            owner=owner,
+            request_id=request_id,
+            recipe=fields.recipe,
+            preset=fields.preset,
+            created_at=now(),
         )
         try:
             self.records.create(record, _MAX_QUEUED)

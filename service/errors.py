@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from http import HTTPStatus
 
 from fastapi import FastAPI, Request
@@ -11,6 +12,8 @@ from fastapi.responses import JSONResponse
 from redis.exceptions import RedisError
 from starlette.exceptions import HTTPException
 
+_TYPES = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 429: "rate_limit_error"}
+
 log = logging.getLogger(__name__)
 
 
@@ -18,21 +21,29 @@ class ApiError(Exception):
     """An answer that is an error. ``message`` says what came, what was wanted and what to change."""
 
     def __init__(
-        self, status: int, code: str, message: str, *, param: str | None = None, retry_after_s: int | None = None
+        self,
+        status: int,
+        code: str,
+        message: str,
+        *,
+        param: str | None = None,
+        retry_after_s: int | None = None,
+        headers: Mapping[str, str] | None = None,
     ) -> None:
         super().__init__(message)
         self.status = status
         self.code = code
         self.message = message
         self.param = param
-        self.retry_after_s = retry_after_s
+        self.headers = dict(headers or {})
+        if retry_after_s:
+            self.headers["Retry-After"] = str(retry_after_s)
 
 
 def body(status: int, code: str, message: str, param: str | None = None) -> dict[str, dict[str, str | None]]:
     """The envelope as a dictionary."""
     kind = "invalid_request_error" if status < 500 else "server_error"
-    if status == HTTPStatus.NOT_FOUND:
-        kind = "not_found_error"
+    kind = _TYPES.get(status, kind)
     return {"error": {"message": message, "type": kind, "param": param, "code": code}}
 
 
@@ -41,8 +52,7 @@ def install(app: FastAPI) -> None:
 
     @app.exception_handler(ApiError)
     async def _api_error(_request: Request, error: ApiError) -> JSONResponse:
-        headers = {"Retry-After": str(error.retry_after_s)} if error.retry_after_s else None
-        return JSONResponse(body(error.status, error.code, error.message, error.param), error.status, headers)
+        return JSONResponse(body(error.status, error.code, error.message, error.param), error.status, error.headers)
 
     @app.exception_handler(HTTPException)
     async def _http(_request: Request, error: HTTPException) -> JSONResponse:

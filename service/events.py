@@ -1,78 +1,215 @@
-"""Following one job: its event stream as an async iterator, for server-sent events and for `Prefer: wait`."""
+"""Following jobs: their event streams as async iterators, for server-sent events and for `Prefer: wait`.
+
+One subscription wakes up whoever follows a job that has changed; what has changed, the job's own stream in Redis says.
+So a follower costs nothing while nothing happens, a notice that is lost only delays it, and one that reads slowly is
+caught up from the stream: nothing is kept for it here.
+"""
 
 from __future__ import annotations
 
+import asyncio
 import json
+import logging
+import math
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
+from contextlib import contextmanager, suppress
 from typing import Any, cast
 
 from redis.asyncio import Redis as AsyncRedis
+from redis.exceptions import RedisError
 
-from worker.contract import Record, Status, events_key, record_key
+from service.reading import Reader, Seen
+from worker.contract import CHANGES_CHANNEL, Record, Status, events_key
 
-_BLOCK_MS = 1000
+log = logging.getLogger(__name__)
+
+_LOOK_S = 10.0
+"""A follower that has heard nothing looks this often whether there was something."""
+_QUEUE_S = 2.0
+"""How often those whose jobs wait are told their places, while the queue moves."""
+_PAUSE_S = 0.5
+_MOST = 64
+"""Changes that are read at a time."""
 
 
-async def follow(redis: AsyncRedis, job_id: str, last_id: str | None = None) -> AsyncIterator[tuple[str, Record]]:
-    """The job's record now, then after each change, up to its end; with the id of the change.
+class Watch:
+    """One follower's bell."""
+
+    def __init__(self) -> None:
+        self._rung = asyncio.Event()
+        self._has_moved_only = False
+        self.seen: Seen | None = None
+        """The job while it waits, with its place in the queue."""
+
+    def ring(self) -> None:
+        """There is something to look at."""
+        self._has_moved_only = False
+        self._rung.set()
+
+    def move(self, seen: Seen) -> None:
+        """Its place in the queue is another; there is nothing else to look at, unless it has rung for that."""
+        self._has_moved_only = self._has_moved_only or not self._rung.is_set()
+        self.seen = seen
+        self._rung.set()
+
+    async def wait(self, seconds: float) -> Seen | None:
+        """Return when it has rung since the last time, or after so long; the job where only its place is another."""
+        with suppress(TimeoutError):
+            await asyncio.wait_for(self._rung.wait(), seconds)
+        self._rung.clear()
+        moved, self._has_moved_only = self._has_moved_only, False
+        return self.seen if moved else None
+
+
+class Hub:
+    """Everybody who follows a job in this process."""
+
+    def __init__(self, redis: AsyncRedis, reader: Reader) -> None:
+        """``redis`` decodes responses."""
+        self._redis = redis
+        self._reader = reader
+        self._watches: dict[str, set[Watch]] = {}
+        self._queue_has_moved = False
+        """Since places in it were told."""
+
+    @property
+    def num_followers(self) -> int:
+        """For the metrics."""
+        return sum(map(len, self._watches.values()))
+
+    @contextmanager
+    def watching(self, job_id: str) -> Iterator[Watch]:
+        """A bell that rings when the job changes."""
+        watch = Watch()
+        self._watches.setdefault(job_id, set()).add(watch)
+        try:
+            yield watch
+        finally:
+            self._watches[job_id].discard(watch)
+            if not self._watches[job_id]:
+                del self._watches[job_id]
+
+    async def run(self) -> None:
+        """Listen until cancelled; whatever goes wrong must not end it."""
+        async with asyncio.TaskGroup() as group:
+            group.create_task(self._again_and_again(self._listen))
+            group.create_task(self._again_and_again(self._tell_places))
+
+    async def _again_and_again(self, work: Any) -> None:
+        while True:
+            try:
+                await work()
+            except (RedisError, OSError) as error:
+                log.warning("following jobs: %s", error)
+            except Exception:
+                log.exception("following jobs")
+            await asyncio.sleep(_PAUSE_S)
+
+    async def _listen(self) -> None:
+        async with self._redis.pubsub(ignore_subscribe_messages=True) as subscription:
+            await subscription.subscribe(CHANGES_CHANNEL)
+            for watches in self._watches.values():  # what was said meanwhile has been missed
+                for watch in watches:
+                    watch.ring()
+            while True:
+                message = await subscription.get_message(timeout=30)
+                if (task := asyncio.current_task()) and task.cancelling():
+                    raise asyncio.CancelledError  # redis-py takes a cancel for the end of its timeout
+                if message is None:
+                    await subscription.ping()
+                    continue
+                self._queue_has_moved = True
+                for watch in self._watches.get(message["data"], ()):
+                    watch.ring()
+
+    async def _tell_places(self) -> None:
+        while True:
+            await asyncio.sleep(_QUEUE_S)
+            if not self._queue_has_moved:
+                continue
+            self._queue_has_moved = False
+            waiting = [
+                (watch, watch.seen.record) for watches in self._watches.values() for watch in watches if watch.seen
+            ]
+            found = await self._reader.outlook([record for _, record in waiting])
+            for (watch, record), seen in zip(waiting, found, strict=True):
+                if watch.seen and watch.seen.record is record and watch.seen != seen:
+                    watch.move(seen)
+
+
+async def follow(
+    redis: AsyncRedis, hub: Hub, reader: Reader, job_id: str, last_id: str | None = None, until: float = math.inf
+) -> AsyncIterator[tuple[str, Seen]]:
+    """The job now, then after each change, up to its end; with the id of the change.
 
     Args:
         redis: decodes responses.
+        hub: whose `run` is running.
+        reader: of the same Redis.
         job_id: a job that exists.
         last_id: begin after this change (`Last-Event-ID`) instead of with the present state.
+        until: when to give up, by `time.monotonic`. A timeout around this would not do: redis-py may swallow its cancel.
 
-    While nothing changes the present record comes again every second, so that who listens can show the queue moving.
-    The iterator ends after a terminal state, or when the record is deleted.
+    While it waits it also comes again as its place in the queue changes, and now and then as it is. The iterator ends
+    after a terminal state, or when the record is deleted.
     """
-    cursor = last_id
-    shown: Record | None = None
-    if cursor is None:
-        # The stream's end first, then the record: a change in between comes twice rather than never.
-        newest = cast(list[tuple[str, Any]], await redis.xrevrange(events_key(job_id), count=1))
-        cursor = newest[0][0] if newest else "0-0"
-        record = await _read(redis, job_id)
-        if record is None:
-            return
-        shown = record
-        yield cursor, record
-        if record.status.is_terminal:
-            return
-    while True:
-        answer = cast(list[Any], await redis.xread({events_key(job_id): cursor}, count=64, block=_BLOCK_MS))
-        record = await _read(redis, job_id)
-        if record is None:
-            return
-        shown = shown or record.model_copy(update={"progress": 0.0, "phase": None})
-        for cursor, values in answer[0][1] if answer else []:
-            if Status(values["status"]).is_terminal:
-                yield cursor, record
+    with hub.watching(job_id) as watch:
+        cursor = last_id
+        shown: Record | None = None
+        if cursor is None:
+            # The stream's end first, then the record: a change in between comes twice rather than never.
+            newest = cast(list[tuple[str, Any]], await redis.xrevrange(events_key(job_id), count=1))
+            cursor = newest[0][0] if newest else "0-0"
+            seen = await reader.find(job_id)
+            if seen is None:
                 return
-            past = _after(shown, values)
-            # A change between the two first reads is in both; what the second knew already is not said again.
-            if past.status is shown.status and past.progress < shown.progress:
+            shown = seen.record
+            watch.seen = seen if shown.status is Status.QUEUED else None
+            yield cursor, seen
+            if shown.status.is_terminal:
+                return
+        else:
+            watch.ring()
+        while (left := until - time.monotonic()) > 0:
+            if moved := await watch.wait(min(left, _LOOK_S)):
+                yield cursor, moved
                 continue
-            shown = past
-            yield cursor, past
-        if not answer:
-            yield cursor, record
-            if record.status.is_terminal:
+            entries = cast(list[tuple[str, Any]], await redis.xrange(events_key(job_id), f"({cursor}", count=_MOST))
+            record = await reader.record(job_id)
+            if record is None:
                 return
+            shown = shown or record.model_copy(update={"progress": 0.0, "phase": None})
+            for cursor, values in entries:
+                if Status(values["status"]).is_terminal:
+                    [seen] = await reader.outlook([record])
+                    yield cursor, seen
+                    return
+                past = _after(shown, values)
+                # A change between the two first reads is in both; what the second knew already is not said again.
+                if past.status is shown.status and past.progress < shown.progress:
+                    continue
+                shown = past
+                [seen] = await reader.outlook([past])
+                watch.seen = seen if past.status is Status.QUEUED else None
+                yield cursor, seen
+            if len(entries) == _MOST:
+                watch.ring()
+            if not entries:
+                shown = record  # newer than the stream was a moment ago, perhaps
+                [seen] = await reader.outlook([record])
+                watch.seen = seen if record.status is Status.QUEUED else None
+                yield cursor, seen
+                if record.status.is_terminal:
+                    return
 
 
-async def wait(redis: AsyncRedis, job_id: str, seconds: float) -> Record | None:
+async def wait(redis: AsyncRedis, hub: Hub, reader: Reader, job_id: str, seconds: float) -> Record | None:
     """The record once the job is over, or as it is after ``seconds``; None if it has been deleted."""
-    deadline = time.monotonic() + seconds
     record = None
-    async for _, record in follow(redis, job_id):
-        if record.status.is_terminal or time.monotonic() >= deadline:
-            break
+    async for _, seen in follow(redis, hub, reader, job_id, until=time.monotonic() + seconds):
+        record = seen.record
     return record
-
-
-async def _read(redis: AsyncRedis, job_id: str) -> Record | None:
-    values = cast(dict[str, str], await redis.hgetall(record_key(job_id)))
-    return Record.from_hash(values) if values else None
 
 
 def _after(record: Record, entry: dict[str, str]) -> Record:

@@ -2,24 +2,73 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
+import logging
 import math
 import re
 import secrets
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import cast
 
 from redis import Redis
+from redis.exceptions import RedisError
 
-from service import images
+from service import admission, images, webhooks
+from service.admission import Admission
+from service.auth import Principal
 from service.errors import ApiError
+from service.fleet import Lookout
 from service.ids import created_at, new_id
 from service.schema import GenerateFields
 from service.settings import Settings
 from service.store import Store
-from worker.contract import OUTPUT_SUFFIXES, SECONDS_KEY, ModelCard, Record, Status, input_path, output_path
-from worker.records import QueueFull, Refused, active_model, now, ready_workers
+from worker.contract import OUTPUT_SUFFIXES, SLOTS_KEY, ModelCard, Record, Status, input_path, output_path
+from worker.records import Refused, now
 from worker.storage import Storage
 
+log = logging.getLogger(__name__)
+
 _ORPHAN_S = 3600
+_SWEPT_KEY = "flg:swept"
+"""String: time of creation of the last job up to which everything has expired; forgotten now and then."""
+_IN_FLIGHT_S = 5.0
+"""How long a repeated request waits for the one before it to become a job."""
+
+
+@dataclass(frozen=True)
+class Ask:
+    """One request for a video, but for its image."""
+
+    fields: GenerateFields
+    image_sha256: str
+    """Of the image as it came, or of its URL."""
+    idempotency_key: str | None = None
+    is_retry: bool = False
+    """The client says that it has sent this before."""
+    start_within_s: float = math.inf
+    finish_within_s: float = math.inf
+    request_id: str | None = None
+    trace: str | None = None
+    remixed_from: str | None = None
+
+    @property
+    def fingerprint(self) -> str:
+        """The same for the same request, however it was written."""
+        said = {**self.fields.model_dump(mode="json", exclude_none=True), "from": self.remixed_from}
+        return hashlib.sha256(f"{json.dumps(said, sort_keys=True)} {self.image_sha256}".encode()).hexdigest()
+
+
+@dataclass(frozen=True)
+class Reserved:
+    """A request that has its place, and no job yet."""
+
+    record: Record
+    card: ModelCard
+    request: admission.Request = field(repr=False)
 
 
 class JobStore(Store[Record]):
@@ -30,48 +79,114 @@ class JobStore(Store[Record]):
         super().__init__(redis, queue_redis, Record, settings.job_timeout_s)
         self._settings = settings
         self._storage = storage
+        self.lookout = Lookout(redis)
+        self._admission = Admission(redis, settings.max_queued, settings.max_wait_s)
 
     # --- submit ---------------------------------------------------------------------------------------------------
 
-    def submit(self, fields: GenerateFields, image: bytes) -> Record:
-        """Check a request, keep its image, write its record, enqueue it. A refused request leaves nothing behind.
+    def submit(self, principal: Principal, ask: Ask, image: bytes) -> tuple[Record, bool]:
+        """`reserve`, then `complete`. Returns the job, and whether this request has made it."""
+        reserved = self.reserve(principal, ask)
+        if isinstance(reserved, Record):
+            return reserved, False
+        return self.complete(reserved, image), True
+
+    def reserve(self, principal: Principal, ask: Ask) -> Reserved | Record:
+        """Check a request and give it a place; or return the job that the same request has become before.
+
+        What is reserved has to be completed or released.
 
         Raises:
             ApiError: what is wrong with the request, or why no job can be taken now.
         """
-        card = self._model(fields)
-        prompt = self._prompt(card, fields.prompt)
-        self._check_room(card)
-        picture = images.clean(image, card.video.width, card.video.height, self._settings.max_pixels)
-        started = now()
-        record = Record(
+        fleet = self.lookout.fleet()
+        card = self._model(fleet.models, ask.fields)
+        if ask.fields.webhook_url is not None:
+            webhooks.check_webhook_url(ask.fields.webhook_url, self._settings.private_hosts)
+        prompt = self._prompt(card, ask.fields.prompt)
+        self._check_disk()
+        request = admission.Request(
             id=new_id("vid"),
-            status=Status.QUEUED,
-            prompt=prompt,
-            seed=secrets.randbits(32) if fields.seed is None else fields.seed,
-            model=card.name,
-            created_at=started,
-            expires_at=started + 3600 * self._settings.retention_hours,
+            principal=principal,
+            fingerprint=ask.fingerprint,
+            expected_s=fleet.expected_s(card),
+            idempotency_key=ask.idempotency_key and hashlib.sha256(ask.idempotency_key.encode()).hexdigest(),
+            is_retry=ask.is_retry,
+            start_within_s=ask.start_within_s,
+            finish_within_s=ask.finish_within_s,
         )
-        try:
-            self._storage.write(input_path(record.id), picture)
-            self.records.create(record, self._settings.max_queued)
-            self._enqueue(record.id)
-        except QueueFull:
-            self._storage.delete(input_path(record.id))
-            raise self._queue_full(card) from None
-        except BaseException:
-            self._forget(record.id)
-            raise
+        admitted = self._admission.admit(request, fleet.num_workers)
+        if not admitted.is_new:
+            return self._as_it_became(admitted.job_id)
+        moment, seed = now(), ask.fields.seed
+        record = Record(
+            id=request.id,
+            status=Status.QUEUED,
+            owner=principal.id,
+            prompt=prompt,
+            seed=secrets.randbits(32) if seed is None else seed,
+            model=card.name,
+            created_at=moment,
+            expires_at=moment + 3600 * self._settings.retention_hours,
+            webhook_url=ask.fields.webhook_url,
+            metadata=ask.fields.metadata or {},
+            remixed_from=ask.remixed_from,
+            start_by=moment + ask.start_within_s if math.isfinite(ask.start_within_s) else None,
+            finish_by=moment + ask.finish_within_s if math.isfinite(ask.finish_within_s) else None,
+            expected_at=moment + admitted.wait_s + request.expected_s if fleet.seconds_of(card) else None,
+            request_id=ask.request_id,
+            trace=ask.trace,
+        )
+        return Reserved(record, card, request)
+
+    def complete(self, reserved: Reserved, image: bytes) -> Record:
+        """Clean and keep the image, write the record, enqueue it. What fails leaves nothing behind, its place neither.
+
+        Raises:
+            ApiError: what is wrong with the image.
+        """
+        record, size = reserved.record, reserved.card.video
+        with self.releasing(reserved):
+            picture = images.clean(image, size.width, size.height, self._settings.max_pixels)
+            try:
+                self._storage.write(input_path(record.id), picture)
+                self.records.create(record)
+                self._enqueue(record.id)
+            except BaseException:
+                self._forget(record.id)
+                raise
         return record
 
-    def _model(self, fields: GenerateFields) -> ModelCard:
-        card = active_model(self._redis)
-        if card is None:
+    @contextmanager
+    def releasing(self, reserved: Reserved) -> Iterator[None]:
+        """Gives the place back when what happens inside fails."""
+        try:
+            yield
+        except BaseException:
+            try:
+                self._admission.release(reserved.request)
+            except RedisError:
+                log.warning("%s: its place could not be given back; it runs out by itself", reserved.record.id)
+            raise
+
+    def _as_it_became(self, job_id: str) -> Record:
+        deadline = time.monotonic() + _IN_FLIGHT_S
+        while (record := self.records.get(job_id)) is None:
+            if time.monotonic() > deadline:
+                message = "the same request is still being taken; ask again in a moment"
+                raise ApiError(409, "in_flight", message, retry_after_s=1, headers={"x-should-retry": "true"})
+            time.sleep(0.05)
+        return record
+
+    @staticmethod
+    def _model(models: tuple[ModelCard, ...], fields: GenerateFields) -> ModelCard:
+        if not models:
             message = "no worker has been ready yet, so no model is known; try again when /readyz answers 200"
             raise ApiError(503, "no_model", message, retry_after_s=5)
-        if fields.model not in (None, card.name):
-            message = f"model: got {fields.model!r}; the model that is active is {card.name!r}"
+        card = next((card for card in models if fields.model in (None, card.name)), None)
+        if card is None:
+            there = ", ".join(repr(card.name) for card in models)
+            message = f"model: got {fields.model!r}; the models that can be asked for are {there}"
             raise ApiError(422, "unknown_model", message, param="model")
         if fields.steps not in (None, card.num_inference_steps):
             own = card.num_inference_steps
@@ -86,64 +201,45 @@ class JobStore(Store[Record]):
         except ValueError as error:
             raise ApiError(422, "prompt_not_understood", f"prompt: {error}", param="prompt") from None
 
-    def _check_room(self, card: ModelCard) -> None:
-        if self.records.num_queued() >= self._settings.max_queued:
-            raise self._queue_full(card)
+    def _check_disk(self) -> None:
         free = self._storage.free_bytes()
         if free is not None and free < self._settings.min_free_bytes:
+            self._admission.count_refusal("disk")
             message = "the disk is nearly full, so no new video can be kept; an administrator has to make room"
             raise ApiError(507, "disk_full", message, retry_after_s=120)
-
-    def _queue_full(self, card: ModelCard) -> ApiError:
-        waiting = self._settings.max_queued
-        seconds = self._seconds_per_job(card.name) or 5.0
-        # A tenth of the queue gone is a fair chance; beyond 120 s common clients give up instead of waiting.
-        retry_after_s = max(1, min(120, math.ceil(seconds * waiting / 10)))
-        message = f"{waiting} jobs are waiting, and no more may; try again in {retry_after_s} s"
-        return ApiError(503, "queue_full", message, retry_after_s=retry_after_s)
 
     # --- look ahead -----------------------------------------------------------------------------------------------
 
     def outlooks(self, records: list[Record]) -> list[tuple[int | None, float | None]]:
         """For each: place in the queue (1 is next) and seconds until done, None where not known or not due."""
-        # Asked at each step of each job that somebody follows, so only what these records need is read.
-        under_way = {record.model for record in records if not record.status.is_terminal}
-        seconds = {model: self._seconds_per_job(model) for model in under_way}
-        any_queued = any(record.status is Status.QUEUED for record in records)
-        num_workers = max(1, len(ready_workers(self._redis))) if any_queued else 1
-        return [self._outlook(record, seconds.get(record.model), num_workers) for record in records]
+        if all(record.status.is_terminal for record in records):
+            return [(None, None)] * len(records)
+        fleet = self.lookout.fleet()
+        positions = self._positions([record.id for record in records if record.status is Status.QUEUED])
+        return [(positions.get(record.id), fleet.eta_s(record, positions.get(record.id))) for record in records]
 
-    def _outlook(self, record: Record, seconds: float | None, num_workers: int) -> tuple[int | None, float | None]:
-        if record.status.is_terminal:
-            return None, None
-        if record.status is not Status.QUEUED:
-            return None, None if seconds is None else round(seconds * (1 - record.progress), 2)
-        index = self._queue.get_job_position(record.id)
-        position = None if index is None else index + 1
-        if seconds is None or position is None:
-            return position, None
-        rounds = math.ceil(position / num_workers)
-        return position, round(seconds * (rounds + 0.5), 2)  # whoever is running now is half done on average
-
-    def _seconds_per_job(self, model: str) -> float | None:
-        text = cast(str | None, self._redis.hget(SECONDS_KEY, model))
-        return float(text) if text else None
+    def _positions(self, ids: list[str]) -> dict[str, int]:
+        with self._queue.connection.pipeline(transaction=False) as pipeline:
+            for job_id in ids:
+                pipeline.lpos(self._queue.key, job_id)
+            indices = cast(list[int | None], pipeline.execute()) if ids else []
+        return {job_id: index + 1 for job_id, index in zip(ids, indices, strict=True) if index is not None}
 
     # --- delete ---------------------------------------------------------------------------------------------------
 
-    def delete(self, job_id: str) -> None:
+    def delete(self, job_id: str, owner: str | None = None) -> None:
         """Remove a job that is over, with its files.
 
         Raises:
             ApiError: 404 no such job, 409 it is not over: its worker has not let go of it.
         """
-        record = self.get(job_id)
+        record = self.get(job_id, owner)
         if not record.status.is_terminal:
             message = f"{job_id} is {record.status}: its worker has not let go of it yet; delete it again in a moment"
             raise ApiError(409, "still_running", message)
         self._remove_files(job_id)
         self._drop_from_queue(job_id)
-        self.records.delete(job_id)
+        self.records.delete(job_id, record.owner)
 
     def _remove_files(self, job_id: str) -> None:
         for path in (input_path(job_id), *(output_path(job_id, suffix) for suffix in OUTPUT_SUFFIXES)):
@@ -156,16 +252,25 @@ class JobStore(Store[Record]):
         swept = 0
         over = (Status.SUCCEEDED, Status.FAILED, Status.CANCELLED)
         oldest_kept = now() - 3600 * self._settings.retention_hours
-        for job_id in cast(list[str], self._redis.zrange(Record.index_key, "-inf", oldest_kept, byscore=True)):
+        begin = cast(str | None, self._redis.get(_SWEPT_KEY)) or "-inf"
+        found = cast(
+            list[tuple[str, float]],
+            self._redis.zrange(Record.index_key, begin, oldest_kept, byscore=True, withscores=True),
+        )
+        is_whole = True
+        for job_id, moment in found:
             record = self.records.get(job_id)
-            if record is None or record.status not in over or record.expires_at > now():
-                continue
-            self._remove_files(job_id)  # first: whoever dies in between is followed by one who does it again
-            try:
-                self.records.change(record, over, status=Status.EXPIRED)
-            except Refused:
-                continue
-            swept += 1
+            if record is not None and record.status in over and record.expires_at <= now():
+                self._remove_files(job_id)  # first: whoever dies in between is followed by one who does it again
+                try:
+                    self.records.change(record, over, status=Status.EXPIRED)
+                    swept += 1
+                except Refused:
+                    is_whole = False
+            elif record is not None and record.status is not Status.EXPIRED:
+                is_whole = False  # not over, or kept for longer than is usual now: to be looked at again
+            if is_whole:
+                self._redis.set(_SWEPT_KEY, repr(moment), ex=_ORPHAN_S)
         return swept
 
     def sweep_orphans(self) -> int:
@@ -183,9 +288,12 @@ class JobStore(Store[Record]):
         return swept
 
     def upkeep(self) -> None:
-        """`reconcile` and `sweep`, by one service at a time."""
-        if self._alone():
+        """`reconcile` and `sweep`, by one service at a time: what is under way now, and once an hour everything."""
+        if not self._alone():
+            return
+        if self._redis.set("flg:upkeep:orphans", "1", nx=True, ex=_ORPHAN_S):
             self.reconcile()
-            self.sweep()
-            if self._redis.set("flg:upkeep:orphans", "1", nx=True, ex=_ORPHAN_S):
-                self.sweep_orphans()
+            self.sweep_orphans()
+        else:
+            self.reconcile(cast(list[str], self._redis.zrange(SLOTS_KEY, "+inf", "+inf", byscore=True)))
+        self.sweep()

@@ -5,12 +5,16 @@ from __future__ import annotations
 import logging
 import re
 import secrets
+from ipaddress import ip_address
+from urllib.parse import urlsplit
 
 from fastapi.responses import JSONResponse
+from pydantic import HttpUrl
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from service import errors
+from worker import logs
 
 log = logging.getLogger(__name__)
 
@@ -30,6 +34,7 @@ class RequestId:
             return
         given = Headers(scope=scope).get("x-request-id", "")
         request_id = given if re.fullmatch(r"[\w.-]{1,64}", given) else f"req_{secrets.token_hex(8)}"
+        scope.setdefault("state", {})["request_id"] = request_id
         started = False
 
         async def send_with_id(message: Message) -> None:
@@ -41,14 +46,59 @@ class RequestId:
                 headers["X-Content-Type-Options"] = "nosniff"
             await send(message)
 
-        try:
-            await self._app(scope, receive, send_with_id)
-        except Exception:
-            log.exception("%s: %s %s", request_id, scope["method"], scope["path"])
-            if started:
-                raise
-            message = f"something went wrong on our side; it has been logged as {request_id}"
-            await JSONResponse(errors.body(500, "internal_error", message), 500)(scope, receive, send_with_id)
+        with logs.bind(request_id=request_id):
+            try:
+                await self._app(scope, receive, send_with_id)
+            except Exception:
+                log.exception("%s: %s %s", request_id, scope["method"], scope["path"])
+                if started:
+                    raise
+                message = f"something went wrong on our side; it has been logged as {request_id}"
+                await JSONResponse(errors.body(500, "internal_error", message), 500)(scope, receive, send_with_id)
+
+
+class SameSite:
+    """Where no key is needed, keeps other web pages out: a browser on this machine must not be their way in.
+
+    A name that somebody else's DNS points at this machine is refused, and so is what another site's page sends.
+    """
+
+    def __init__(self, app: ASGIApp, public_url: HttpUrl | None = None) -> None:
+        self._app = app
+        self._names = {"localhost", "127.0.0.1", "[::1]"}
+        if public_url and public_url.host:
+            self._names.add(public_url.host)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http" and (why := self._objection(Headers(scope=scope), scope["method"])):
+            await JSONResponse(errors.body(403, "other_site", why), 403)(scope, receive, send)
+            return
+        await self._app(scope, receive, send)
+
+    def _objection(self, headers: Headers, method: str) -> str | None:
+        host = headers.get("host", "")
+        if _name(host) not in self._names and not _is_loopback(_name(host)):
+            return (
+                f"Host: got {host[:64]!r}; without API keys the service answers to this machine's own names only. "
+                "Set PUBLIC_URL, or AUTH=on and make a key"
+            )
+        origin = headers.get("origin")
+        if method in ("GET", "HEAD", "OPTIONS") or origin is None:
+            return None
+        if urlsplit(origin).netloc != host and _name(urlsplit(origin).netloc) not in self._names:
+            return f"Origin: got {origin[:64]!r}; pages of other sites may not send this without an API key"
+        return None
+
+
+def _name(netloc: str) -> str:
+    return re.sub(r":\d*$", "", netloc).lower()
+
+
+def _is_loopback(name: str) -> bool:
+    try:
+        return ip_address(name.strip("[]")).is_loopback
+    except ValueError:
+        return False
 
 
 class _TooLarge(Exception):

@@ -2,12 +2,27 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Callable
 from datetime import UTC, datetime
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator
 
-from worker.contract import Distillation, JobRecord, ModelCard, Phase, Progress, Record, Seed, Status
+from worker.contract import Distillation, Heartbeat, JobRecord, ModelCard, Phase, Progress, Record, Seed, Status
+
+Sign = Callable[[str, Record], str]
+"""A file's path and its job -> the query that opens it, or "" where none is needed."""
+
+
+def _is_short(metadata: dict[str, str]) -> dict[str, str]:
+    if (length := len(json.dumps(metadata))) > MAX_METADATA:
+        raise ValueError(f"takes {length} characters as JSON; {MAX_METADATA} may be")
+    return metadata
+
+
+MAX_METADATA = 1024
+Metadata = Annotated[dict[str, str], AfterValidator(_is_short)]
 
 
 class GenerateFields(BaseModel):
@@ -19,6 +34,13 @@ class GenerateFields(BaseModel):
     seed: Seed | None = Field(default=None, description="Of the starting noise; drawn at random when absent")
     model: str | None = Field(default=None, description="Name of the model; there is one active at a time")
     steps: int | None = Field(default=None, description="Only the model's own number of steps is possible")
+    webhook_url: str | None = Field(default=None, description="Is sent a signed message when the job is over")
+    metadata: Metadata | None = Field(default=None, description="Texts of your own, at most 1 KiB; handed back as sent")
+
+    @field_validator("metadata", mode="before")
+    @classmethod
+    def _from_form(cls, value: object) -> object:
+        return json.loads(value) if isinstance(value, str) and value.startswith("{") else value
 
 
 class DistillationFields(BaseModel):
@@ -58,6 +80,15 @@ class FollowedLinks(Links):
     events: str
 
 
+class WebhookState(BaseModel):
+    """How far the message about a job's end is."""
+
+    status: Literal["pending", "delivered", "dead"]
+    attempts: int = 0
+    last_status: int | None = Field(default=None, description="What the receiver answered last")
+    last_error: str | None = None
+
+
 class Generation(BaseModel):
     """One job as its owner sees it."""
 
@@ -75,10 +106,14 @@ class Generation(BaseModel):
     error: ErrorBody | None = None
     model: str
     seed: int
+    metadata: dict[str, str] = {}
+    webhook_url: str | None = None
+    webhook: WebhookState | None = Field(default=None, description="Once the job is over, where it has a webhook_url")
+    remixed_from: str | None = None
     created_at: datetime
     started_at: datetime | None = None
     finished_at: datetime | None = None
-    expires_at: datetime
+    expires_at: datetime = Field(description="When the files are removed; the record then says `expired` for a week")
     links: FollowedLinks
 
 
@@ -114,6 +149,35 @@ class DistillationPage(BaseModel):
     data: list[DistillationView]
     has_more: bool
     last_id: str | None
+
+
+class Workers(BaseModel):
+    """Workers that are alive."""
+
+    data: list[Heartbeat]
+
+
+class QueueState(BaseModel):
+    """The queue as a whole."""
+
+    waiting: int
+    paused: bool
+
+
+class DeadWebhook(BaseModel):
+    """A message that was given up."""
+
+    id: str = Field(description="Of the job that it was about")
+    attempts: int
+    last_status: int | None = None
+    last_error: str | None = None
+    dead_at: float = Field(description="Seconds since the epoch")
+
+
+class DeadWebhooks(BaseModel):
+    """Messages that were given up."""
+
+    data: list[DeadWebhook]
 
 
 class Models(BaseModel):
@@ -159,12 +223,25 @@ class Readiness(Health):
 
 
 def generation(
-    record: Record, origin: str, position: int | None = None, eta_seconds: float | None = None
+    record: Record,
+    origin: str,
+    position: int | None = None,
+    eta_seconds: float | None = None,
+    sign: Sign = lambda _path, _record: "",
+    webhook: WebhookState | None = None,
 ) -> Generation:
-    """The client's view of a record. ``origin`` begins every link, without a slash at its end."""
+    """The client's view of a record.
+
+    Args:
+        record: the job.
+        origin: begins every link, without a slash at its end.
+        position: in the queue.
+        eta_seconds: until it is over.
+        sign: makes the query that lets whoever has the link have the file, for a while.
+        webhook: how far its delivery is.
+    """
     done = record.status is Status.SUCCEEDED
     working = record.status in (Status.RUNNING, Status.CANCELLING)
-    video = f"{origin}/videos/{record.id}"
     this = f"{origin}/generate/{record.id}"
     return Generation(
         id=record.id,
@@ -174,15 +251,26 @@ def generation(
         queue_position=position,
         eta_seconds=eta_seconds,
         prompt=record.prompt,
-        video_url=f"{video}.mp4" if done else None,
-        thumbnail_url=f"{video}.jpg" if done else None,
-        manifest_url=f"{video}.json" if done else None,
+        **{f"{name}_url": _file(record, origin, suffix, sign) if done else None for name, suffix in _FILES.items()},
         model=record.model,
         seed=record.seed,
+        metadata=record.metadata,
+        webhook_url=record.webhook_url,
+        webhook=webhook,
+        remixed_from=record.remixed_from,
         expires_at=_moment(record.expires_at),
         links=FollowedLinks(self=this, events=f"{this}/events", cancel=f"{this}/cancel"),
         **_end_and_times(record),
     )
+
+
+_FILES = {"video": "mp4", "thumbnail": "jpg", "manifest": "json"}
+
+
+def _file(record: Record, origin: str, suffix: str, sign: Sign) -> str:
+    path = f"/videos/{record.id}.{suffix}"
+    query = sign(path, record)
+    return f"{origin}{path}?{query}" if query else f"{origin}{path}"
 
 
 def distillation(record: Distillation, origin: str) -> DistillationView:

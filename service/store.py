@@ -7,7 +7,7 @@ from typing import Generic, cast
 
 from redis import Redis
 from redis.exceptions import RedisError
-from rq import Callback, Queue, Retry
+from rq import Callback, Queue, Retry, suspension
 from rq.exceptions import NoSuchJobError
 from rq.executions import ExecutionRegistry
 from rq.job import Job, JobStatus
@@ -66,34 +66,43 @@ class Store(Generic[RecordT]):
 
     # --- read -----------------------------------------------------------------------------------------------------
 
-    def get(self, job_id: str) -> RecordT:
-        """One record. Raises ``ApiError`` 404."""
+    def get(self, job_id: str, owner: str | None = None) -> RecordT:
+        """One record; of this ``owner``, where one is given. Raises ``ApiError`` 404."""
         record = self.records.get(job_id)
-        if record is None:
+        if record is None or owner not in (None, record.owner):  # that it is somebody else's is nobody's business
             raise ApiError(404, "not_found", f"there is no {self._kind.noun} {job_id!r}")
         return record
 
-    def page(self, limit: int, after: str | None) -> tuple[list[RecordT], bool]:
-        """``limit`` records from the newest on, those after ``after``; and whether there are more."""
+    def page(
+        self, limit: int, after: str | None, owner: str | None = None, *, oldest_first: bool = False
+    ) -> tuple[list[RecordT], bool]:
+        """``limit`` records from the newest on, those after ``after``; and whether there are more.
+
+        Raises:
+            ApiError: 422 there is no ``after``.
+        """
+        index = self.records.owned_key(owner) if owner else self._kind.index_key
+        rank_of, ids_of = (
+            (self._redis.zrank, self._redis.zrange) if oldest_first else (self._redis.zrevrank, self._redis.zrevrange)
+        )
         start = 0
         if after is not None:
-            rank = self._redis.zrevrank(self._kind.index_key, after)
+            rank = rank_of(index, after)
             if rank is None:
                 raise ApiError(422, "unknown_cursor", f"after: there is no {self._kind.noun} {after!r}", param="after")
             start = cast(int, rank) + 1
-        ids = cast(list[str], self._redis.zrevrange(self._kind.index_key, start, start + limit))
-        found = [record for job_id in ids[:limit] if (record := self.records.get(job_id))]
-        return found, len(ids) > limit
+        ids = cast(list[str], ids_of(index, start, start + limit))
+        return self.records.get_many(ids[:limit]), len(ids) > limit
 
     # --- cancel ---------------------------------------------------------------------------------------------------
 
-    def cancel(self, job_id: str) -> RecordT:
+    def cancel(self, job_id: str, owner: str | None = None) -> RecordT:
         """Cancel at once while queued, at the next step while running; a job that is over is left as it is.
 
         Raises:
             ApiError: 404 no such job, 409 it is over and was not cancelled.
         """
-        record = self.get(job_id)
+        record = self.get(job_id, owner)
         try:
             record = self.records.change(record, (Status.QUEUED,), status=Status.CANCELLED, finished_at=now())
             self._drop_from_queue(job_id)
@@ -115,16 +124,30 @@ class Store(Generic[RecordT]):
         self._queue.remove(job_id)
         self._queue.connection.expire(Job.key_for(job_id), _KEEP_DROPPED_S)
 
+    # --- pause ----------------------------------------------------------------------------------------------------
+
+    def pause(self) -> None:
+        """Have workers and trainers take no job; one that is waiting for a job may take that one yet."""
+        suspension.suspend(self._queue.connection)
+
+    def resume(self) -> None:
+        """Have them take jobs again."""
+        suspension.resume(self._queue.connection)
+
+    def is_paused(self) -> bool:
+        """Whether they take none."""
+        return bool(suspension.is_suspended(self._queue.connection))
+
     # --- upkeep ---------------------------------------------------------------------------------------------------
 
-    def reconcile(self) -> int:
-        """Put right every job that the queue has lost. Returns how many.
+    def reconcile(self, ids: list[str] | None = None) -> int:
+        """Put right every job, or those of these, that the queue has lost. Returns how many.
 
         A service may die between record and queue; rq may drop a job whose worker was late, or fail it without telling
         us. Whatever is not over here and not alive there is enqueued again, or ended.
         """
         mended = 0
-        for job_id, status in self._statuses():
+        for job_id, status in self._statuses(ids):
             if status is None:  # its record has run out
                 self._remove_files(job_id)
                 self.records.delete(job_id)
@@ -133,8 +156,9 @@ class Store(Generic[RecordT]):
                 mended += 1
         return mended
 
-    def _statuses(self) -> list[tuple[str, Status | None]]:
-        ids = cast(list[str], self._redis.zrange(self._kind.index_key, 0, -1))
+    def _statuses(self, ids: list[str] | None) -> list[tuple[str, Status | None]]:
+        if ids is None:
+            ids = cast(list[str], self._redis.zrange(self._kind.index_key, 0, -1))
         with self._redis.pipeline(transaction=False) as pipeline:
             for job_id in ids:
                 pipeline.hget(record_key(job_id), "status")

@@ -18,15 +18,23 @@ import numpy as np
 
 from distill.prompt import Prompt
 from worker import jobs
-from worker.contract import ACTIVE_MODEL_KEY, Heartbeat, ModelCard, Phase, Record, VideoSize, WorkerState
+from worker.contract import Heartbeat, ModelCard, Phase, Record, VideoSize, WorkerState
 from worker.engine.errors import EngineLost
 from worker.flights import Flights
 from worker.gpu_worker import GpuWorker, Pulse
 from worker.queues import unique_name
-from worker.records import Records, connect, now
+from worker.records import Records, connect, now, publish_models
 from worker.storage import Storage
 
 VIDEO = VideoSize(width=64, height=64, num_frames=8, fps=8)
+CARD = ModelCard(
+    name="grey",
+    sha256="0" * 64,
+    task="ti2v",
+    num_inference_steps=4,
+    video=VIDEO,
+    prompt=Prompt(kind="free", help="", examples=("x",)),
+)
 
 
 class HeldPipeline:
@@ -34,6 +42,7 @@ class HeldPipeline:
 
     card = SimpleNamespace(name="grey", sha256="0" * 64, call={}, video=VIDEO)
     choice = SimpleNamespace(name="none", reason="there is no model", decoder=SimpleNamespace(name="grey"))
+    model_card = CARD
     device, threads = "cpu", 1
 
     def __init__(self, folder: Path) -> None:
@@ -73,12 +82,12 @@ def main(folder: Path, overlap: bool) -> None:
     url, lease_s = os.environ["REDIS_URL"], int(os.environ["LEASE_S"])
     redis, name = connect(url), unique_name("worker")
     pipeline = HeldPipeline(folder)
-    jobs.install(jobs.Runtime(name, pipeline, Records(redis, Record), Storage(os.environ["STORAGE_URL"])))
-    prompt = Prompt(kind="free", help="", examples=("x",))
-    card = ModelCard(name="grey", sha256="0" * 64, task="ti2v", num_inference_steps=4, video=VIDEO, prompt=prompt)
-    redis.set(ACTIVE_MODEL_KEY, card.model_dump_json())
+    jobs.install(jobs.Runtime(name, {"grey": pipeline}, Records(redis, Record), Storage(os.environ["STORAGE_URL"])))
+    publish_models(redis, [CARD])
     state = {"state": WorkerState.LOADING, "started_at": now(), "seen_at": now()}
-    pulse = Pulse(redis, Heartbeat(name=name, model="grey", model_sha256="", engine="none", **state), lease_s)
+    pulse = Pulse(
+        redis, Heartbeat(name=name, model="grey", models=("grey",), model_sha256="", engine="none", **state), lease_s
+    )
     pulse.start()
     try:
         GpuWorker(connect(url, text=False), name, pulse, lease_s, Flights(overlap=overlap)).work(

@@ -82,10 +82,10 @@ class RedisServer:
         stop(self.process)
 
 
-def run_with(module: str, environment: dict[str, str]) -> subprocess.CompletedProcess[str]:
-    """Run a program that is to end by itself, with these variables set."""
+def run_with(module: str, environment: dict[str, str], *arguments: str) -> subprocess.CompletedProcess[str]:
+    """Run a program that is to end by itself, with these variables set and these arguments."""
     return subprocess.run(
-        [sys.executable, "-m", module],
+        [sys.executable, "-m", module, *arguments],
         cwd=ROOT,
         env={**os.environ, **environment},
         capture_output=True,

@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 from redis.exceptions import RedisError
 from rq.job import Job
 
+from worker import tracing
 from worker.contract import MAX_ATTEMPTS, Status
 from worker.records import Records, RecordT, Refused, now
 
@@ -97,6 +98,7 @@ def finish(records: Records[RecordT], record: RecordT, status: Status, **changes
 
 def fail(records: Records[RecordT], record: RecordT, code: str, message: str) -> None:
     """End the job as failed."""
+    tracing.note_failure(code)
     finish(records, record, Status.FAILED, error_code=code, error_message=message)
 
 

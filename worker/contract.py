@@ -30,6 +30,9 @@ ALLOWED_CALLBACKS = frozenset({GENERATE_FAILED, DISTILL_FAILED})
 MAX_ATTEMPTS = 3
 """Starts of one job before it fails: a job that kills its worker must not kill every worker in turn."""
 
+LOCAL = "local"
+"""Whoever asks without a key where none is needed."""
+
 JobId = Annotated[str, StringConstraints(pattern=r"^vid_[0-9a-z]{26}$")]
 DistillationId = Annotated[str, StringConstraints(pattern=r"^dist_[0-9a-z]{26}$")]
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
@@ -65,7 +68,8 @@ class Phase(StrEnum):
 class JobRecord(BaseModel):
     """What is known of any job, as the hash at ``record_key(id)`` holds it. Times are seconds since the epoch."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    # What cannot be read is logged, and a prompt must not be.
+    model_config = ConfigDict(frozen=True, extra="forbid", hide_input_in_errors=True)
 
     noun: ClassVar[str]
     """What messages call such a job."""
@@ -82,6 +86,10 @@ class JobRecord(BaseModel):
 
     id: str
     status: Status
+    owner: str = LOCAL
+    """Id of the API key that asked for it; nobody else sees it."""
+    request_id: str | None = None
+    """Of the HTTP request that asked for it."""
     created_at: float
     started_at: float | None = None
     finished_at: float | None = None
@@ -95,6 +103,11 @@ class JobRecord(BaseModel):
     def forget_at(self) -> int:
         """When Redis may drop the record."""
         raise NotImplementedError
+
+    @property
+    def counter(self) -> str:
+        """Beginning of the name, in ``METRICS_KEY``, of what counts how such jobs end; the status comes after it."""
+        return f"{self.noun}s_total|status="
 
     def to_hash(self) -> dict[str, str]:
         """Fields for HSET; what is None is left out, what is no text is JSON."""
@@ -129,6 +142,28 @@ class Record(JobRecord):
     progress: float = 0.0
     """Share of the work done, 0 to 1."""
     model_sha256: str | None = None
+    webhook_url: str | None = None
+    """Who is told when the job is over."""
+    metadata: dict[str, str] = {}
+    """The client's own notes; nothing here reads them."""
+    remixed_from: JobId | None = None
+    start_by: float | None = None
+    """A job that has not begun by then fails."""
+    finish_by: float | None = None
+    expected_at: float | None = None
+    """When it would be done, as it was said when it was accepted."""
+    trace: str | None = None
+    """A W3C `traceparent`: the span that accepted it."""
+
+    @field_validator("metadata", mode="before")
+    @classmethod
+    def _metadata_from_json(cls, value: object) -> object:
+        return json.loads(value) if isinstance(value, str) else value
+
+    @property
+    def counter(self) -> str:
+        """As above, by model."""
+        return f"jobs_total|model={self.model}|status="
 
     @property
     def forget_at(self) -> int:
@@ -189,7 +224,7 @@ class VideoSize(BaseModel):
 
 
 class ModelCard(BaseModel):
-    """What a worker that is ready publishes of the model it has loaded, at ``ACTIVE_MODEL_KEY``."""
+    """What a worker that is ready publishes of each model that it has loaded, at ``MODELS_KEY``."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -199,6 +234,12 @@ class ModelCard(BaseModel):
     num_inference_steps: int
     video: VideoSize
     prompt: Prompt
+
+    @property
+    def pace(self) -> str:
+        """What the seconds of a job depend on: which student, and what size of video."""
+        size = self.video
+        return f"{self.name}@{self.sha256[:12]}:{size.width}x{size.height}x{size.num_frames}"
 
 
 class WorkerState(StrEnum):
@@ -218,10 +259,15 @@ class Heartbeat(BaseModel):
     name: str
     state: WorkerState
     model: str
+    """The one that answers when a request names none."""
     model_sha256: str
+    models: tuple[str, ...] = ()
+    """All that it has loaded."""
     engine: str
     engine_reason: str | None = None
     """Why it is not the one that comes first, where that is so."""
+    gpu_mem_bytes: int | None = None
+    """What it holds of its GPU's memory."""
     started_at: float
     seen_at: float
 
@@ -229,10 +275,50 @@ class Heartbeat(BaseModel):
 # --- keys and files --------------------------------------------------------------------------------------------------
 
 ACTIVE_MODEL_KEY = "flg:model:active"
+"""String: name of the model that answers when a request names none."""
+MODELS_KEY = "flg:models"
+"""Hash: name -> ``ModelCard`` as JSON, of all that workers have loaded; those of living workers can be asked for."""
 SECONDS_KEY = "flg:seconds"
-"""Hash: model name -> moving average of the seconds of a worker that a job takes, for the ETA."""
+"""Hash: ``ModelCard.pace`` -> moving average of the seconds of a worker that a job takes, for the ETA."""
+SLOTS_KEY = "flg:slots"
+"""Sorted set: ids of the jobs that count against the limits, by when an unfinished request gives its place back."""
+SLOTS_MS_KEY = "flg:slots:ms"
+"""Hash: of each of them, the milliseconds of a worker that it was expected to take."""
+SLOTS_TOTAL_KEY = "flg:slots:total"
+"""String: their sum."""
 WORKERS_KEY = "flg:workers"
 """Set of the names of workers; whose heartbeat has run out is no longer one."""
+
+
+KEYS_KEY = "flg:keys"
+"""Set of the ids of all API keys."""
+LINK_SECRET_KEY = "flg:secret:links"  # noqa: S105
+"""String: what links to videos are signed with; made once, by whoever needs it first."""
+WEBHOOK_SECRET_KEY = "flg:secret:webhooks"  # noqa: S105
+"""String: what webhooks of jobs that nobody's key asked for are signed with."""
+WEBHOOKS_DUE_KEY = "flg:webhooks:due"
+"""Sorted set: ids of the jobs that are over and whose webhook has not arrived, by the time of its next delivery."""
+WEBHOOKS_DEAD_KEY = "flg:webhooks:dead"
+"""Sorted set: ids of the jobs whose webhook was given up, by the time of that."""
+METRICS_KEY = "flg:metrics"
+"""Hash of counters that all processes share: ``name|label=value|...``, labels in order -> number."""
+CHANGES_CHANNEL = "flg:changes"
+"""Where the id of each job that has changed is published. A wake-up only: what has changed, the job's stream says."""
+
+
+def api_key_key(key_id: str) -> str:
+    """Hash of one API key: its SHA-256 and what it may."""
+    return f"flg:key:{key_id}"
+
+
+def active_key(owner: str) -> str:
+    """Sorted set: those of ``SLOTS_KEY`` that one API key has asked for."""
+    return f"flg:active:{owner}"
+
+
+def webhook_key(job_id: str) -> str:
+    """Hash: how far the delivery of one job's webhook is."""
+    return f"flg:webhook:{job_id}"
 
 
 def record_key(job_id: str) -> str:

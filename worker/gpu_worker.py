@@ -23,6 +23,7 @@ from rq.job import Job
 from rq.registry import StartedJobRegistry
 from rq.worker import WorkerStatus
 
+from worker import logs
 from worker.contract import QUEUE, WORKERS_KEY, Heartbeat, WorkerState, worker_key
 from worker.flights import Deadline, Flights, current
 from worker.queues import Leased
@@ -110,7 +111,8 @@ class GpuWorker(Leased, SimpleWorker):
 
     def _perform(self, job: Job, queue: Queue, execution: Execution) -> None:
         try:
-            self.perform_job(job, queue, execution)
+            with logs.bind(job_id=job.id):
+                self.perform_job(job, queue, execution)
         except Exception:  # of what rq does after a job: Redis was away for too long
             log.exception("%s: the queue was not told how it ended, and will deliver it again", job.id)
         finally:

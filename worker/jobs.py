@@ -15,7 +15,7 @@ import os
 import platform
 import signal
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from importlib.metadata import version
 from types import TracebackType
@@ -27,12 +27,13 @@ from redis.exceptions import RedisError
 from rq.job import Job
 from rq.timeouts import JobTimeoutException
 
-from worker import video
+from worker import logs, tracing, video
 from worker.attempts import attempt, fail, finish, lost
 from worker.contract import OUTPUT_SUFFIXES, SECONDS_KEY, Phase, Record, Status, input_path, output_path
 from worker.engine.errors import EngineLost
 from worker.flights import Cancelled, Flight, Interrupted, current
-from worker.records import Records, Refused
+from worker.metrics import Metrics, observe_cancel, observe_start, observe_success
+from worker.records import Records, Refused, now
 from worker.storage import Storage
 
 if TYPE_CHECKING:
@@ -46,9 +47,11 @@ class Runtime:
     """What a worker process holds for as long as it lives."""
 
     name: str
-    pipeline: VideoPipeline
+    pipelines: dict[str, VideoPipeline]
+    """By the name of their model."""
     records: Records[Record]
     storage: Storage
+    metrics: Metrics = field(default_factory=Metrics)
     last_end: float = -math.inf
     """When a job was last over, by `time.monotonic`."""
 
@@ -71,14 +74,7 @@ def _installed() -> Runtime:
 def generate(job_id: str) -> None:
     """Run one job (called by rq)."""
     runtime = _installed()
-    attempt(
-        runtime.records,
-        job_id,
-        runtime.name,
-        partial(_attempt, runtime),
-        model_sha256=runtime.pipeline.card.sha256,
-        phase=Phase.ENCODING,
-    )
+    attempt(runtime.records, job_id, runtime.name, partial(_observed, runtime), phase=Phase.ENCODING)
 
 
 def generate_failed(
@@ -88,20 +84,40 @@ def generate_failed(
     lost(_installed().records, job, kind, value)  # rq's own connection answers in bytes
 
 
+def _observed(runtime: Runtime, record: Record) -> None:
+    """An attempt, with what the log, the trace and the metrics are to say of it."""
+    about: dict[str, str | int] = {"job_id": record.id, "model": record.model, "attempt": record.attempt}
+    observe_start(runtime.metrics, record)
+    try:
+        with logs.bind(request_id=record.request_id), tracing.consumer_span(record.trace, "generate", **about):
+            _attempt(runtime, record)
+    finally:
+        runtime.metrics.flush(runtime.records.redis)
+
+
 def _attempt(runtime: Runtime, record: Record) -> None:
     """One attempt at a job that is ours.
 
     Raises ``Refused``, ``RedisError``, ``OSError``, and what rq has asked for: ``Cancelled``, ``Interrupted``.
     """
     flight = current()
-    if record.model != runtime.pipeline.card.name:
-        message = f"{record.model} was replaced by {runtime.pipeline.card.name} while this job waited; send it again"
+    pipeline = runtime.pipelines.get(record.model)
+    if pipeline is None:
+        served = ", ".join(runtime.pipelines)
+        message = f"{record.model} was replaced by {served} while this job waited; send it again"
         fail(runtime.records, record, "model_gone", message)
         return
+    if record.start_by is not None and now() > record.start_by:
+        message = "the job had not begun by its deadline for that (X-Deadline-Start)"
+        fail(runtime.records, record, "deadline_start", message)
+        return
+    if record.finish_by is not None:
+        flight.deadline = min(flight.deadline, time.monotonic() + record.finish_by - now())
     try:
-        _run(runtime, record, flight)
+        _run(runtime, pipeline, record, flight)
     except Cancelled:
         finish(runtime.records, record, Status.CANCELLED)
+        observe_cancel(runtime.metrics, runtime.records.redis, record.id)
         if flight.is_stopped:
             raise  # rq asked for it, and records STOPPED
     except (Interrupted, Refused, RedisError, OSError):
@@ -112,8 +128,10 @@ def _attempt(runtime: Runtime, record: Record) -> None:
         os.kill(os.getpid(), signal.SIGTERM)  # not to this thread: it has to wake the main one from its queue
         raise
     except JobTimeoutException:
-        message = "the video was not ready in the time that a job may take"
-        fail(runtime.records, record, "timed_out", message)
+        if record.finish_by is not None and now() > record.finish_by:
+            fail(runtime.records, record, "deadline", "the video was not ready by its deadline (X-Deadline)")
+        else:
+            fail(runtime.records, record, "timed_out", "the video was not ready in the time that a job may take")
     except Exception as error:
         log.exception("%s failed", record.id)
         message = f"the model could not make this video ({type(error).__name__})"
@@ -149,12 +167,12 @@ class _Progress:
             raise (Cancelled if refused.found == Status.CANCELLING else refused) from None
 
 
-def _run(runtime: Runtime, record: Record, flight: Flight) -> None:
+def _run(runtime: Runtime, pipeline: VideoPipeline, record: Record, flight: Flight) -> None:
     """Encode, denoise, decode, save, publish. Raises between steps what ``_Progress`` does."""
     started = time.monotonic()
     if runtime.storage.exists(output_path(record.id, "json")):
         # An earlier attempt published everything (the manifest is last) and died before it could say so.
-        finish(runtime.records, record, Status.SUCCEEDED, progress=1.0)
+        finish(runtime.records, record, Status.SUCCEEDED, progress=1.0, model_sha256=pipeline.card.sha256)
         return
     try:
         image_bytes = runtime.storage.read(input_path(record.id))
@@ -163,29 +181,34 @@ def _run(runtime: Runtime, record: Record, flight: Flight) -> None:
         return
     progress = _Progress(runtime.records, record, flight)
     with Image.open(io.BytesIO(image_bytes)) as image:
-        denoised = runtime.pipeline.denoise(image.convert("RGB"), record.prompt, seed=record.seed, on_progress=progress)
+        denoised = pipeline.denoise(image.convert("RGB"), record.prompt, seed=record.seed, on_progress=progress)
+    tracing.phase_spans(denoised.timings_s)
     flight.leave_transformer()
     flight.wait_for_decoder(progress.again)
-    mp4 = _decode_and_save(runtime, record, denoised, progress)
-    manifest = _manifest(runtime, record, denoised.timings_s, image_bytes, mp4)
+    mp4 = _decode_and_save(runtime, pipeline, record, denoised, progress)
+    tracing.phase_spans({phase: denoised.timings_s[phase] for phase in (Phase.DECODING, Phase.SAVING)})
+    manifest = _manifest(pipeline, record, denoised.timings_s, image_bytes, mp4)
     runtime.storage.write(output_path(record.id, "json"), (json.dumps(manifest, indent=2) + "\n").encode())
     try:
-        finish(runtime.records, record, Status.SUCCEEDED, progress=1.0)
+        finish(runtime.records, record, Status.SUCCEEDED, progress=1.0, model_sha256=pipeline.card.sha256)
     except Refused as refused:
         if refused.found != "missing":
             raise
         for suffix in OUTPUT_SUFFIXES:  # deleted while it was being saved: leave nothing behind
             runtime.storage.delete(output_path(record.id, suffix))
         return
-    _learn_duration(runtime, started, time.monotonic())
+    observe_success(runtime.metrics, record, denoised.timings_s, now())
+    _learn_duration(runtime, pipeline.model_card.pace, started, time.monotonic())
 
 
-def _decode_and_save(runtime: Runtime, record: Record, denoised: Denoised, progress: _Progress) -> bytes:
+def _decode_and_save(
+    runtime: Runtime, pipeline: VideoPipeline, record: Record, denoised: Denoised, progress: _Progress
+) -> bytes:
     """The MP4, saved beside its thumbnail. ffmpeg has each piece of the video while the next is decoded."""
-    size = runtime.pipeline.card.video
+    size = pipeline.card.video
     middle, done = size.num_frames // 2, 0
     with video.Mp4Writer(size.width, size.height, size.fps, progress.again) as writer:
-        for frames_THWC in runtime.pipeline.decode(denoised, on_progress=progress):
+        for frames_THWC in pipeline.decode(denoised, on_progress=progress):
             writer.write(frames_THWC)
             if done <= middle < done + len(frames_THWC):
                 thumbnail = video.encode_thumbnail(frames_THWC[middle - done])
@@ -199,23 +222,23 @@ def _decode_and_save(runtime: Runtime, record: Record, denoised: Denoised, progr
     return mp4
 
 
-def _learn_duration(runtime: Runtime, started: float, ended: float) -> None:
+def _learn_duration(runtime: Runtime, pace: str, started: float, ended: float) -> None:
     """Moving average of the seconds of the worker that a job takes, for the ETA: those beside an earlier job are its.
 
     Two workers at once may lose one sample; it does not matter.
     """
     seconds = ended - max(started, runtime.last_end)
     runtime.last_end = ended
-    redis, name = runtime.records.redis, runtime.pipeline.card.name
-    before = cast(str | None, redis.hget(SECONDS_KEY, name))
-    redis.hset(SECONDS_KEY, name, str(seconds if before is None else 0.8 * float(before) + 0.2 * seconds))
+    redis = runtime.records.redis
+    before = cast(str | None, redis.hget(SECONDS_KEY, pace))
+    redis.hset(SECONDS_KEY, pace, str(seconds if before is None else 0.8 * float(before) + 0.2 * seconds))
 
 
 def _manifest(
-    runtime: Runtime, record: Record, timings_s: dict[Phase, float], image: bytes, mp4: bytes
+    pipeline: VideoPipeline, record: Record, timings_s: dict[Phase, float], image: bytes, mp4: bytes
 ) -> dict[str, Any]:
     """Everything that made this video what it is."""
-    card, choice = runtime.pipeline.card, runtime.pipeline.choice
+    card, choice = pipeline.card, pipeline.choice
     return {
         "id": record.id,
         "prompt": record.prompt,
@@ -233,8 +256,8 @@ def _manifest(
         "attempt": record.attempt,
         "machine": {
             "processor": platform.machine(),
-            "device": runtime.pipeline.device,
-            "threads": runtime.pipeline.threads,
+            "device": pipeline.device,
+            "threads": pipeline.threads,
         },
         "versions": {name: version(name) for name in ("torch", "diffusers", "transformers")},
     }

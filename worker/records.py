@@ -21,6 +21,8 @@ from redis.retry import Retry
 
 from worker.contract import (
     ACTIVE_MODEL_KEY,
+    LOCAL,
+    MODELS_KEY,
     WORKERS_KEY,
     Heartbeat,
     JobRecord,
@@ -29,6 +31,7 @@ from worker.contract import (
     WorkerState,
     events_key,
     record_key,
+    webhook_key,
     worker_key,
 )
 
@@ -36,32 +39,77 @@ KEEP_EVENTS_S = 24 * 3600
 
 RecordT = TypeVar("RecordT", bound=JobRecord)
 
+FREE = """
+local function free(id, owner)
+    local ms = redis.call('HGET', 'flg:slots:ms', id)
+    if ms then redis.call('DECRBY', 'flg:slots:total', ms) end
+    redis.call('HDEL', 'flg:slots:ms', id)
+    redis.call('ZREM', 'flg:slots', id)
+    redis.call('ZREM', 'flg:active:' .. owner, id)
+end
+"""
+"""Lua: give back the place that a job has had in the limits (``SLOTS_KEY`` and its companions)."""
+
 # KEYS: record, events, queued ids. ARGV: statuses it may change from (each between spaces), attempt that must still be
-# current or "", changed fields as JSON for the event stream, seconds to keep the stream, id, then field, value, ...
-_CHANGE = """
-local status = redis.call('HGET', KEYS[1], 'status')
-if not status then return 'missing' end
-if not string.find(ARGV[1], ' ' .. status .. ' ', 1, true) then return status end
+# current or "", changed fields as JSON for the event stream, seconds to keep the stream, id, now, name of the counter,
+# then field, value, ...
+_CHANGE = (
+    FREE
+    + """
+local before, owner, webhook = unpack(redis.call('HMGET', KEYS[1], 'status', 'owner', 'webhook_url'))
+if not before then return 'missing' end
+if not string.find(ARGV[1], ' ' .. before .. ' ', 1, true) then return before end
 if ARGV[2] ~= '' and redis.call('HGET', KEYS[1], 'attempt') ~= ARGV[2] then return 'fenced' end
-redis.call('HSET', KEYS[1], unpack(ARGV, 6))
+redis.call('HSET', KEYS[1], unpack(ARGV, 8))
 local after = redis.call('HGET', KEYS[1], 'status')
 redis.call(after == 'queued' and 'SADD' or 'SREM', KEYS[3], ARGV[5])
 redis.call('XADD', KEYS[2], 'MAXLEN', '~', 256, '*', 'data', ARGV[3], 'status', after)
 redis.call('EXPIRE', KEYS[2], ARGV[4])
+if after ~= before then
+    if after == 'queued' then
+        redis.call('HINCRBY', 'flg:metrics', 'requeues_total|cause=lost', 1)
+    elseif after ~= 'running' and after ~= 'cancelling' then
+        redis.call('HINCRBY', 'flg:metrics', ARGV[7] .. after, 1)
+        free(ARGV[5], owner or 'local')
+        if webhook and after ~= 'expired' then redis.call('ZADD', 'flg:webhooks:due', ARGV[6], ARGV[5]) end
+    end
+end
+redis.call('PUBLISH', 'flg:changes', ARGV[5])
 return 'ok'
 """
+)
 
-
-# KEYS: record, index, queued ids. ARGV: most that may be queued, id, time of creation, time to forget it, then field,
-# value, ...
+# KEYS: record, index, queued ids, index of the owner's. ARGV: most that may be queued, id, time of creation, time to
+# forget it, owner, then field, value, ...
 _CREATE = """
-if redis.call('SCARD', KEYS[3]) >= tonumber(ARGV[1]) then return 'full' end
-redis.call('HSET', KEYS[1], unpack(ARGV, 5))
+if tonumber(ARGV[1]) >= 0 and redis.call('SCARD', KEYS[3]) >= tonumber(ARGV[1]) then return 'full' end
+redis.call('HSET', KEYS[1], unpack(ARGV, 6))
 redis.call('EXPIREAT', KEYS[1], ARGV[4])
 redis.call('ZADD', KEYS[2], ARGV[3], ARGV[2])
+redis.call('ZADD', KEYS[4], ARGV[3], ARGV[2])
+redis.call('ZREMRANGEBYSCORE', KEYS[4], '-inf', 2 * ARGV[3] - ARGV[4]) -- those that have run out by now
 redis.call('SADD', KEYS[3], ARGV[2])
+if redis.call('ZSCORE', 'flg:slots', ARGV[2]) then
+    redis.call('ZADD', 'flg:slots', '+inf', ARGV[2])
+    redis.call('ZADD', 'flg:active:' .. ARGV[5], '+inf', ARGV[2])
+end
 return 'ok'
 """
+
+# KEYS: record, events, webhook, index, queued ids, index of the owner's. ARGV: id, owner.
+_DELETE = (
+    FREE
+    + """
+redis.call('DEL', KEYS[1], KEYS[2], KEYS[3])
+redis.call('ZREM', KEYS[4], ARGV[1])
+redis.call('SREM', KEYS[5], ARGV[1])
+redis.call('ZREM', KEYS[6], ARGV[1])
+redis.call('ZREM', 'flg:webhooks:due', ARGV[1])
+redis.call('ZREM', 'flg:webhooks:dead', ARGV[1])
+free(ARGV[1], ARGV[2])
+redis.call('PUBLISH', 'flg:changes', ARGV[1])
+"""
+)
 
 
 class QueueFull(Exception):
@@ -90,7 +138,7 @@ def connect(url: str, *, text: bool = True, patience: int = 10) -> Redis:
 def connect_async(url: str) -> AsyncRedis:
     """The same for asyncio."""
     retry = AsyncRetry(ExponentialBackoff(cap=1.0, base=0.05), 5)
-    # Each follower of a job holds a connection while it waits; the default of 100 would turn the 101st away.
+    # One for each request that is being answered; the default of 100 would turn the 101st away.
     return AsyncRedis.from_url(
         url, retry=retry, retry_on_error=_RETRY_ON, decode_responses=True, max_connections=10_000
     )
@@ -104,43 +152,59 @@ class Records(Generic[RecordT]):
         self.kind = kind
         self._change = redis.register_script(_CHANGE)
         self._create = redis.register_script(_CREATE)
+        self._delete = redis.register_script(_DELETE)
 
     def get(self, job_id: str) -> RecordT | None:
         """One record, or None where there is no such job."""
         values = cast(dict[str, str], self.redis.hgetall(record_key(job_id)))
         return self.kind.from_hash(values) if values else None
 
-    def create(self, record: RecordT, max_queued: int) -> None:
+    def get_many(self, ids: list[str]) -> list[RecordT]:
+        """Those of these that there are, in one call."""
+        with self.redis.pipeline(transaction=False) as pipeline:
+            for job_id in ids:
+                pipeline.hgetall(record_key(job_id))
+            found = cast(list[dict[str, str]], pipeline.execute()) if ids else []
+        return [self.kind.from_hash(values) for values in found if values]
+
+    def create(self, record: RecordT, max_queued: int = -1) -> None:
         """Write a new record and count it as queued, in one call, so that no two requests share the last place.
 
+        A place that admission has reserved for it in the limits becomes its own until it is over.
+
         Raises:
-            QueueFull: ``max_queued`` jobs are waiting.
+            QueueFull: ``max_queued`` jobs are waiting; below 0 that is not asked.
         """
         fields = record.to_hash()
         answer = self._create(
-            keys=[record_key(record.id), self.kind.index_key, self.kind.queued_key],
+            keys=[record_key(record.id), self.kind.index_key, self.kind.queued_key, self.owned_key(record.owner)],
             args=[
                 max_queued,
                 record.id,
                 record.created_at,
                 record.forget_at,
+                record.owner,
                 *(part for pair in fields.items() for part in pair),
             ],
         )
         if answer != "ok":
             raise QueueFull
 
+    def owned_key(self, owner: str) -> str:
+        """Sorted set: those of ``index_key`` that one API key has asked for."""
+        return f"{self.kind.index_key}:of:{owner}"
+
     def num_queued(self) -> int:
         """Jobs that wait for a worker."""
         return self.redis.scard(self.kind.queued_key)
 
-    def delete(self, job_id: str) -> None:
-        """Forget a job."""
-        with self.redis.pipeline() as pipeline:
-            pipeline.delete(record_key(job_id), events_key(job_id))
-            pipeline.zrem(self.kind.index_key, job_id)
-            pipeline.srem(self.kind.queued_key, job_id)
-            pipeline.execute()
+    def delete(self, job_id: str, owner: str | None = None) -> None:
+        """Forget a job. Its ``owner`` is needed where the record is gone already."""
+        if owner is None:
+            owner = cast(str | None, self.redis.hget(record_key(job_id), "owner")) or LOCAL
+        kind = self.kind
+        keys = [record_key(job_id), events_key(job_id), webhook_key(job_id), kind.index_key, kind.queued_key]
+        self._delete(keys=[*keys, self.owned_key(owner)], args=[job_id, owner])
 
     def change(self, record: RecordT, since: Iterable[Status], *, fence: bool = False, **changes: Any) -> RecordT:
         """Change fields of a record that is in one of the states ``since``; returns it as changed.
@@ -164,6 +228,8 @@ class Records(Generic[RecordT]):
                 json.dumps(after.model_dump(mode="json", include=set(changes))),
                 KEEP_EVENTS_S,
                 record.id,
+                now(),
+                record.counter,
                 *(part for pair in values.items() for part in pair),
             ],
         )
@@ -172,10 +238,26 @@ class Records(Generic[RecordT]):
         return after
 
 
-def active_model(redis: Redis) -> ModelCard | None:
-    """The model that workers serve, or None before any worker has been ready."""
-    text = cast(str | None, redis.get(ACTIVE_MODEL_KEY))
-    return ModelCard.model_validate_json(text) if text else None
+def served_models(redis: Redis, alive: Iterable[Heartbeat]) -> list[ModelCard]:
+    """The models that can be asked for, the one that answers when none is named first.
+
+    Those that the ``alive`` workers have loaded; while there is none, the last that answered. Empty before any worker
+    has been ready.
+    """
+    first = cast(str | None, redis.get(ACTIVE_MODEL_KEY))
+    if first is None:
+        return []
+    names = list(dict.fromkeys([first, *sorted(name for worker in alive for name in worker.models)]))
+    texts = cast(list[str | None], redis.hmget(MODELS_KEY, names))
+    return [ModelCard.model_validate_json(text) for text in texts if text]
+
+
+def publish_models(redis: Redis, cards: list[ModelCard]) -> None:
+    """Say what a worker that is ready has loaded; the first answers when a request names none."""
+    with redis.pipeline() as pipeline:
+        pipeline.hset(MODELS_KEY, mapping={card.name: card.model_dump_json() for card in cards})
+        pipeline.set(ACTIVE_MODEL_KEY, cards[0].name)
+        pipeline.execute()
 
 
 def workers(redis: Redis) -> list[Heartbeat]:

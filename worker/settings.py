@@ -5,10 +5,10 @@ from __future__ import annotations
 import os
 import sys
 from pathlib import Path
-from typing import Literal, TypeVar
+from typing import Annotated, Literal, TypeVar
 
 from pydantic import Field, ValidationError, field_validator
-from pydantic_settings import BaseSettings, SettingsConfigDict
+from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 MODELS_DIR = Path(__file__).resolve().parent.parent / "models"
 
@@ -19,6 +19,8 @@ class QueueSettings(BaseSettings):
     model_config = SettingsConfigDict(frozen=True, extra="ignore")
 
     redis_url: str = "redis://127.0.0.1:6379/0"
+    log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
+    log_format: Literal["text", "json"] = "text"
     lease_s: int = Field(default=60, ge=4)
     """A job whose worker has been silent for so long is given to another."""
 
@@ -27,8 +29,8 @@ class Settings(QueueSettings):
     """The worker's."""
 
     storage_url: str = "var/storage"
-    model: Path = Path("shapes-4step")
-    """A folder under `models/`, or a path to one."""
+    model: Annotated[tuple[Path, ...], NoDecode] = (Path("shapes-4step"),)
+    """Folders under `models/`, or paths to them, between commas. The first answers when a request names none."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     torch_threads: int = Field(default=os.cpu_count() or 1, ge=1)
     engine: Literal["auto", "eager", "ort", "trt"] = "auto"
@@ -54,15 +56,26 @@ class Settings(QueueSettings):
     text_cache_mb: int = Field(default=64, ge=0)
     """How much of what sentences were encoded to is kept."""
 
+    @field_validator("model", mode="before")
+    @classmethod
+    def _split(cls, value: object) -> object:
+        return [part.strip() for part in value.split(",") if part.strip()] if isinstance(value, str) else value
+
     @field_validator("model")
     @classmethod
-    def _find_model(cls, value: Path) -> Path:
-        for folder in (value, MODELS_DIR / value):
-            if (folder / "model_index.json").is_file():
-                return folder
-        raise ValueError(
-            f"MODEL={value} is no model folder: there is no {value}/model_index.json here or under {MODELS_DIR.name}/"
-        )
+    def _find_models(cls, value: tuple[Path, ...]) -> tuple[Path, ...]:
+        if not value:
+            raise ValueError("MODEL is empty; wanted the name of at least one model folder")
+        return tuple(map(_find_model, value))
+
+
+def _find_model(named: Path) -> Path:
+    for folder in (named, MODELS_DIR / named):
+        if (folder / "model_index.json").is_file():
+            return folder
+    raise ValueError(
+        f"MODEL={named} is no model folder: there is no {named}/model_index.json here or under {MODELS_DIR.name}/"
+    )
 
 
 class TrainerSettings(QueueSettings):

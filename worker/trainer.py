@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import signal
-import sys
 from collections.abc import Sequence
 from contextlib import suppress
 
 from rq import Worker
 
-from worker import training
+from worker import logs, training
 from worker.contract import TRAIN_QUEUE, Distillation
 from worker.queues import Leased, unique_name
 from worker.records import Records, connect
@@ -36,8 +34,8 @@ def main(command: Sequence[str] = training.COMMAND) -> int:
     Args:
         command: how a run begins; recipe, folder and settings come after it.
     """
-    logging.basicConfig(level="INFO", stream=sys.stderr, format="%(asctime)s trainer %(levelname)s %(message)s")
     settings = read(TrainerSettings)
+    logs.configure("trainer", settings.log_level, settings.log_format)
     runtime = training.Runtime(
         name=unique_name("trainer"),
         records=Records(connect(settings.redis_url), Distillation),

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import AsyncIterator
-from contextlib import suppress
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Header, Request, Response
@@ -15,24 +14,31 @@ from sse_starlette import EventSourceResponse, ServerSentEvent
 from starlette.concurrency import run_in_threadpool
 from starlette.datastructures import UploadFile
 
-from service import events, images
-from service.deps import AfterDep, Context, ContextDep, JobIdDep, LimitDep, OriginDep
+from service import events, webhooks
+from service.deps import AfterDep, Context, ContextDep, GeneratorDep, JobIdDep, LimitDep, ReaderDep
 from service.errors import ApiError
-from service.schema import ErrorEnvelope, GenerateFields, Generation, GenerationPage, generation
-from worker.contract import Record
+from service.reading import Seen
+from service.schema import ErrorEnvelope, GenerateFields, Generation, GenerationPage
+from service.submitting import Image, SubmitHeadersDep, image_of, remove, submit
+from service.viewing import ViewerDep, answer
 
 router = APIRouter(tags=["generate"])
 
-_ERRORS: dict[int | str, dict[str, Any]] = {code: {"model": ErrorEnvelope} for code in (404, 413, 415, 422, 503)}
+_ERRORS: dict[int | str, dict[str, Any]] = {
+    code: {"model": ErrorEnvelope} for code in (401, 403, 404, 413, 415, 422, 429, 503)
+}
 _MAX_WAIT_S = 60
-_STOP_S = 15
-"""How long a DELETE waits for a running job's next step."""
+_PING_S = 15
+_SEND_S = 30
+_RECONNECT_MS = 2000
 
-_FIELDS = {
+_FIELDS: dict[str, Any] = {
     "prompt": {"type": "string", "example": "a red circle moves right quickly, static camera"},
     "seed": {"type": "integer", "minimum": 0, "maximum": 2**32 - 1},
     "model": {"type": "string"},
     "steps": {"type": "integer"},
+    "webhook_url": {"type": "string", "format": "uri"},
+    "metadata": {"type": "object", "additionalProperties": {"type": "string"}, "example": {"order": "17"}},
 }
 
 
@@ -59,88 +65,107 @@ _REQUEST_BODY = {
 )
 async def create(
     request: Request,
-    response: Response,
+    principal: GeneratorDep,
     context: ContextDep,
-    origin: OriginDep,
+    viewer: ViewerDep,
+    headers: SubmitHeadersDep,
     prefer: Annotated[str | None, Header(description="wait=N: hold the answer up to N <= 60 seconds")] = None,
-) -> Generation:
+) -> Response:
     """Animate an image: multipart form or JSON. Answers 202 with the job, or 200 with the video's address."""
-    fields, image = await _read(request)
-    record = await run_in_threadpool(context.store.submit, fields, image)
-    response.headers["Location"] = f"{origin}/generate/{record.id}"
+    fields, image = await _read(request, context)
+    record, is_new = await submit(context, principal, headers, fields, image)
+    said = {"Location": f"{viewer.origin}/generate/{record.id}"}
+    if not is_new:
+        said["Idempotent-Replayed"] = "true"
+    status = 202
     try:
         if (seconds := _wait_s(prefer)) is not None:
-            record = await events.wait(context.async_redis, record.id, seconds) or record
-            response.headers["Preference-Applied"] = f"wait={seconds}"
-            response.status_code = 200 if record.status.is_terminal else 202
-        return await _view(context, record, origin)
+            record = await events.wait(context.async_redis, context.hub, context.reader, record.id, seconds) or record
+            said["Preference-Applied"] = f"wait={seconds}"
+            status = 200 if record.status.is_terminal else 202
+        [seen] = await context.reader.outlook([record])
+        view = await viewer.view(seen)
     except RedisError:
         # The job is accepted: an error now would make the client send it again.
-        response.status_code = 202
-        return generation(record, origin)
+        status, view = 202, viewer.plain(Seen(record))
+    return answer(view, status, said)
 
 
-@router.get("/generate/{job_id}", responses=_ERRORS)
-def read(job_id: JobIdDep, context: ContextDep, origin: OriginDep) -> Generation:
-    """One generation. A failed one is an answer too: 200 with `status: failed`."""
-    record = context.store.get(job_id)
-    [outlook] = context.store.outlooks([record])
-    return generation(record, origin, *outlook)
+@router.get("/generate/{job_id}", response_model=Generation, responses=_ERRORS)
+async def read(job_id: JobIdDep, principal: ReaderDep, context: ContextDep, viewer: ViewerDep) -> Response:
+    """One generation. A failed or an expired one is an answer too: 200 with `status: failed`."""
+    return answer(await viewer.view(await context.reader.get(job_id, principal.id)))
 
 
-@router.get("/generate", responses=_ERRORS)
-def list_generations(
-    context: ContextDep, origin: OriginDep, limit: LimitDep = 20, after: AfterDep = None
-) -> GenerationPage:
-    """Newest first."""
-    records, has_more = context.store.page(limit, after)
-    outlooks = context.store.outlooks(records)
-    data = [generation(record, origin, *outlook) for record, outlook in zip(records, outlooks, strict=True)]
-    return GenerationPage(data=data, has_more=has_more, last_id=data[-1].id if data else None)
+@router.get("/generate", response_model=GenerationPage, responses=_ERRORS)
+async def list_generations(
+    principal: ReaderDep, context: ContextDep, viewer: ViewerDep, limit: LimitDep = 20, after: AfterDep = None
+) -> Response:
+    """The key's own, newest first."""
+    records, has_more = await run_in_threadpool(context.store.page, limit, after, principal.id)
+    data = [viewer.plain(seen) for seen in await context.reader.outlook(records)]
+    return answer(GenerationPage(data=data, has_more=has_more, last_id=data[-1].id if data else None))
 
 
 @router.get("/generate/{job_id}/events", response_class=EventSourceResponse, responses=_ERRORS)
 async def follow(
-    job_id: JobIdDep, context: ContextDep, origin: OriginDep, last_event_id: Annotated[str | None, Header()] = None
+    job_id: JobIdDep,
+    principal: ReaderDep,
+    context: ContextDep,
+    viewer: ViewerDep,
+    last_event_id: Annotated[str | None, Header()] = None,
 ) -> EventSourceResponse:
     """Server-sent events named `generation`: the whole generation at each change, until it is over."""
-    await run_in_threadpool(context.store.get, job_id)
+    await context.reader.get(job_id, principal.id)
     if last_event_id is not None and not re.fullmatch(r"\d{1,20}-\d{1,20}", last_event_id):
         last_event_id = None  # not one of ours: begin with the present state
 
     async def stream() -> AsyncIterator[ServerSentEvent]:
         said = ""
-        async for event_id, record in events.follow(context.async_redis, job_id, last_event_id):
-            view = (await _view(context, record, origin)).model_dump_json()
+        yield ServerSentEvent(retry=_RECONNECT_MS, comment="FastLightGen")
+        async for event_id, seen in events.follow(
+            context.async_redis, context.hub, context.reader, job_id, last_event_id
+        ):
+            view = viewer.plain(seen).model_dump_json()
             if view != said:  # the follower repeats itself while nothing changes
                 said = view
                 yield ServerSentEvent(data=view, event="generation", id=event_id)
 
-    return EventSourceResponse(stream(), ping=15, headers={"X-Accel-Buffering": "no"})
+    # A reader that takes nothing for so long is let go; it comes again with the last id that it has had.
+    headers = {"X-Accel-Buffering": "no"}
+    return EventSourceResponse(stream(), ping=_PING_S, send_timeout=_SEND_S, headers=headers)
 
 
-@router.post("/generate/{job_id}/cancel", responses={409: {"model": ErrorEnvelope}, **_ERRORS})
-def cancel(job_id: JobIdDep, context: ContextDep, origin: OriginDep, response: Response) -> Generation:
+@router.post(
+    "/generate/{job_id}/cancel", response_model=Generation, responses={409: {"model": ErrorEnvelope}, **_ERRORS}
+)
+async def cancel(job_id: JobIdDep, principal: GeneratorDep, context: ContextDep, viewer: ViewerDep) -> Response:
     """Cancel: at once while queued; while running at the next step (202, `cancelling`)."""
-    record = context.store.cancel(job_id)
-    response.status_code = 200 if record.status.is_terminal else 202
-    return generation(record, origin)
+    record = await run_in_threadpool(context.store.cancel, job_id, principal.id)
+    return answer(viewer.plain(Seen(record)), 200 if record.status.is_terminal else 202)
+
+
+@router.post(
+    "/generate/{job_id}/webhook",
+    status_code=202,
+    response_model=Generation,
+    responses={409: {"model": ErrorEnvelope}, **_ERRORS},
+)
+async def send_webhook_again(
+    job_id: JobIdDep, principal: GeneratorDep, context: ContextDep, viewer: ViewerDep
+) -> Response:
+    """Have the message about a job's end sent once more, whether it has arrived, failed or was given up."""
+    seen = await context.reader.get(job_id, principal.id)
+    if not (seen.record.webhook_url and seen.record.status.is_terminal):
+        raise ApiError(409, "no_webhook", f"{job_id} has no webhook_url, or is not over yet")
+    await webhooks.replay(context.async_redis, job_id)
+    return answer(await viewer.view(seen), 202)
 
 
 @router.delete("/generate/{job_id}", status_code=204, responses={409: {"model": ErrorEnvelope}, **_ERRORS})
-async def delete(job_id: JobIdDep, context: ContextDep) -> None:
+async def delete(job_id: JobIdDep, principal: GeneratorDep, context: ContextDep) -> None:
     """Remove a generation and its files; one that runs is cancelled first."""
-    record = await run_in_threadpool(context.store.get, job_id)
-    if not record.status.is_terminal:
-        with suppress(ApiError):  # it has ended by itself
-            await run_in_threadpool(context.store.cancel, job_id)
-        await events.wait(context.async_redis, job_id, _STOP_S)
-    await run_in_threadpool(context.store.delete, job_id)
-
-
-async def _view(context: Context, record: Record, origin: str) -> Generation:
-    [outlook] = await run_in_threadpool(context.store.outlooks, [record])
-    return generation(record, origin, *outlook)
+    await remove(context, job_id, principal.id)
 
 
 def _wait_s(prefer: str | None) -> int | None:
@@ -149,29 +174,30 @@ def _wait_s(prefer: str | None) -> int | None:
     return min(int(found[1]), _MAX_WAIT_S) if found else None
 
 
-async def _read(request: Request) -> tuple[GenerateFields, bytes]:
+async def _read(request: Request, context: Context) -> tuple[GenerateFields, Image]:
     """Fields and image of either kind of body. Raises ``ApiError`` 415, 422."""
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind == "multipart/form-data":
-        return await _read_form(request)
+        return await _read_form(request, context)
     if kind == "application/json":
-        return _read_json(await request.body())
+        return _read_json(await request.body(), context)
     message = f"Content-Type: got {kind or 'none'!r}; send multipart/form-data or application/json"
     raise ApiError(415, "content_type", message)
 
 
-async def _read_form(request: Request) -> tuple[GenerateFields, bytes]:
+async def _read_form(request: Request, context: Context) -> tuple[GenerateFields, Image]:
     # The image may come as a data URL in a text part, so a part may be as long as a body.
-    limit = request.app.state.context.settings.max_body_bytes
+    limit = context.settings.max_body_bytes
     async with request.form(max_files=2, max_fields=20, max_part_size=limit) as form:
         names = [name for name, _ in form.multi_items()]
         if twice := sorted({name for name in names if names.count(name) > 1}):
             raise ApiError(422, "invalid_field", f"{twice[0]}: sent more than once", param=twice[0])
         image = form.get("image")
+        data: Image
         if isinstance(image, UploadFile):
             data = await image.read()
         elif isinstance(image, str):
-            data = images.from_data_url(image)
+            data = image_of(image, context)
         else:
             raise _no_image()
         texts = {name: value for name, value in form.items() if name != "image"}
@@ -181,7 +207,7 @@ async def _read_form(request: Request) -> tuple[GenerateFields, bytes]:
     return _fields({name: value for name, value in texts.items() if value != "" or name == "prompt"}), data
 
 
-def _read_json(body: bytes) -> tuple[GenerateFields, bytes]:
+def _read_json(body: bytes, context: Context) -> tuple[GenerateFields, Image]:
     try:
         values = json.loads(body)
     except (ValueError, RecursionError) as error:
@@ -194,7 +220,7 @@ def _read_json(body: bytes) -> tuple[GenerateFields, bytes]:
         raise _no_image()
     if not isinstance(image, str):
         raise ApiError(422, "invalid_field", f"image: got {type(image).__name__}; wanted a data URL", param="image")
-    return _fields(values), images.from_data_url(image)
+    return _fields(values), image_of(image, context)
 
 
 def _no_image() -> ApiError:

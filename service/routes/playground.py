@@ -8,10 +8,9 @@ from pathlib import Path
 from fastapi import APIRouter
 from fastapi.responses import FileResponse
 
-from service.deps import ContextDep, OriginDep
+from service.deps import ContextDep, OriginDep, ReaderDep
 from service.errors import ApiError
 from service.schema import Example, Examples, Models
-from worker.records import active_model
 
 WEB = Path(__file__).resolve().parent.parent / "web"
 
@@ -30,10 +29,12 @@ def page() -> FileResponse:
 
 
 @router.get("/models")
-def models(context: ContextDep) -> Models:
-    """The models that can be asked for, with the prompts that they understand. Empty before a worker has been ready."""
-    card = active_model(context.redis)
-    return Models(data=[card] if card else [])
+async def models(_principal: ReaderDep, context: ContextDep) -> Models:
+    """The models that can be asked for, with the prompts that they understand; the first answers when none is named.
+
+    Empty before a worker has been ready.
+    """
+    return Models(data=list((await context.store.lookout.fleet_async()).models))
 
 
 @router.get("/examples")

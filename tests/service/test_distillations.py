@@ -126,7 +126,7 @@ def test_no_more_wait_than_may(client):
 def test_what_the_queue_has_lost_is_enqueued_again_and_keeps_its_progress(own, monkeypatch):
     clients = connect(own.redis.url), connect(own.redis.url, text=False)
     store = DistillationStore(*clients)
-    record = store.submit(DistillationFields(recipe="shapes"))
+    record = store.submit(DistillationFields(recipe="shapes"), owner="local")
     progress = Progress(stage="pruning", step=3, values={"loss": 0.5})
     store.records.change(record, (Status.QUEUED,), status=Status.RUNNING, attempt=1, progress=progress)
     store._queue.empty()
@@ -171,7 +171,7 @@ def test_a_recipe_becomes_a_student(client, own, trainer):
     assert client.post(made["links"]["cancel"]).json()["error"]["code"] == "already_over"
 
 
-def test_where_others_reach_the_service_there_is_no_admin(redis_server, tmp_path):
+def test_where_others_reach_the_service_admin_needs_a_key(redis_server, tmp_path):
     app = create_app(Settings(host="0.0.0.0", redis_url=redis_server.url, storage_url=str(tmp_path)))
 
     async def answers() -> list[httpx.Response]:
@@ -186,5 +186,5 @@ def test_where_others_reach_the_service_there_is_no_admin(redis_server, tmp_path
             ]
 
     for answer in asyncio.run(answers()):
-        assert (answer.status_code, answer.json()["error"]["code"]) == (403, "admin_off")
+        assert (answer.status_code, answer.json()["error"]["code"]) == (401, "missing_key")
         assert "HOST=0.0.0.0" in answer.json()["error"]["message"]

@@ -13,7 +13,7 @@ def test_an_unexpected_error_is_an_envelope_with_its_id_in_the_log(tmp_path, cap
 
     async def get() -> httpx.Response:
         transport = httpx.ASGITransport(app, raise_app_exceptions=False)
-        async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
+        async with httpx.AsyncClient(transport=transport, base_url="http://localhost") as client:
             return await client.get("/models", headers={"X-Request-Id": "mine-1"})
 
     answer = asyncio.run(get())

@@ -1,10 +1,27 @@
 """Following a job: many at once, nothing twice, no step back. Real Redis."""
 
 import asyncio
+from contextlib import asynccontextmanager
 
-from service.events import follow, wait
+from service.events import Hub, follow, wait
+from service.fleet import Lookout
+from service.reading import Reader
 from worker.contract import Phase, Record, Status
-from worker.records import Records, connect_async, now
+from worker.records import Records, connect, connect_async, now
+
+
+@asynccontextmanager
+async def following(url):
+    """What `follow` needs first: a client, a hub that runs, a reader."""
+    redis, sync = connect_async(url), connect(url)
+    reader = Reader(redis, Lookout(sync))
+    hub = Hub(redis, reader)
+    task = asyncio.create_task(hub.run())
+    yield redis, hub, reader
+    task.cancel()
+    await asyncio.gather(task, return_exceptions=True)
+    await redis.aclose()
+    sync.close()
 
 
 def run_to_the_end(records: Records, record: Record) -> None:
@@ -15,26 +32,22 @@ def run_to_the_end(records: Records, record: Record) -> None:
 
 
 def test_a_hundred_and_fifty_follow_one_job_to_its_end(records, record, redis_server):
-    """Each holds a connection; the client's default pool would turn the 101st away."""
-
     async def all_of_them() -> list[list[tuple[Status, float]]]:
-        redis = connect_async(redis_server.url)
-        began = asyncio.Event()
+        async with following(redis_server.url) as needed:
+            began = asyncio.Event()
 
-        async def one(number: int) -> list[tuple[Status, float]]:
-            seen = []
-            async for _, state in follow(redis, record.id):
-                seen.append((state.status, state.progress))
-                if number == 149:
-                    began.set()
-            return seen
+            async def one(number: int) -> list[tuple[Status, float]]:
+                seen = []
+                async for _, state in follow(*needed, record.id):
+                    seen.append((state.record.status, state.record.progress))
+                    if number == 149:
+                        began.set()
+                return seen
 
-        tasks = [asyncio.create_task(one(number)) for number in range(150)]
-        await began.wait()
-        await asyncio.to_thread(run_to_the_end, records, record)
-        seen = await asyncio.gather(*tasks)
-        await redis.aclose()
-        return seen
+            tasks = [asyncio.create_task(one(number)) for number in range(150)]
+            await began.wait()
+            await asyncio.to_thread(run_to_the_end, records, record)
+            return await asyncio.gather(*tasks)
 
     for seen in asyncio.run(all_of_them()):
         assert seen[-1] == (Status.SUCCEEDED, 1.0)
@@ -47,10 +60,9 @@ def test_the_whole_story_can_be_read_afterwards(records, record, redis_server):
     run_to_the_end(records, record)
 
     async def read() -> list[tuple[Status, float]]:
-        redis = connect_async(redis_server.url)
-        seen = [(state.status, state.progress) async for _, state in follow(redis, record.id, "0-0")]
-        await redis.aclose()
-        return seen
+        async with following(redis_server.url) as needed:
+            states = [seen.record async for _, seen in follow(*needed, record.id, "0-0")]
+            return [(state.status, state.progress) for state in states]
 
     running = [(Status.RUNNING, share) for share in (0.0, 0.2, 0.5, 0.9)]
     assert asyncio.run(read()) == [*running, (Status.SUCCEEDED, 1.0)]
@@ -58,22 +70,19 @@ def test_the_whole_story_can_be_read_afterwards(records, record, redis_server):
 
 def test_a_deleted_job_ends_the_following(records, record, redis_server):
     async def delete_under_it() -> int:
-        redis = connect_async(redis_server.url)
-        count = 0
-        async for _ in follow(redis, record.id):
-            count += 1
-            records.delete(record.id)
-        await redis.aclose()
-        return count
+        async with following(redis_server.url) as needed:
+            count = 0
+            async for _ in follow(*needed, record.id):
+                count += 1
+                records.delete(record.id)
+            return count
 
     assert asyncio.run(delete_under_it()) == 1
 
 
 def test_waiting_ends_with_its_time(record, redis_server):
     async def briefly() -> Record | None:
-        redis = connect_async(redis_server.url)
-        found = await wait(redis, record.id, 0.5)
-        await redis.aclose()
-        return found
+        async with following(redis_server.url) as needed:
+            return await wait(*needed, record.id, 0.5)
 
     assert asyncio.run(briefly()).status is Status.QUEUED

@@ -2,6 +2,7 @@
 
 import io
 import json
+import time
 from types import SimpleNamespace
 
 import numpy as np
@@ -17,7 +18,7 @@ from worker.attempts import claim
 from worker.contract import SECONDS_KEY, Phase, Record, Status, input_path, output_path
 from worker.flights import Cancelled, Flight, Flights, Interrupted
 from worker.pipeline import Denoised
-from worker.records import Records, Refused, connect
+from worker.records import Records, Refused, connect, now
 from worker.storage import Storage
 
 
@@ -42,6 +43,8 @@ class MomentaryPipeline:
         metrics={},
         files={},
     )
+
+    model_card = SimpleNamespace(pace="m")
 
     def __init__(self) -> None:
         self.during = self.amid = lambda: None
@@ -69,7 +72,7 @@ class MomentaryPipeline:
 def runtime(redis_server, tmp_path):
     client = connect(redis_server.url)
     client.flushdb()
-    made = jobs.Runtime("worker-a", MomentaryPipeline(), Records(client, Record), Storage(str(tmp_path)))
+    made = jobs.Runtime("worker-a", {"m": MomentaryPipeline()}, Records(client, Record), Storage(str(tmp_path)))
     jobs.install(made)
     yield made
     jobs._runtime = None
@@ -89,7 +92,7 @@ def test_a_job_ends_with_its_files_and_is_not_made_twice(runtime, job):
     assert runtime.records.get(job.id).status is Status.SUCCEEDED
     assert all(runtime.storage.exists(output_path(job.id, suffix)) for suffix in ("mp4", "jpg", "json"))
     jobs.generate(job.id)  # the queue delivers it once more
-    assert runtime.pipeline.calls == 1
+    assert runtime.pipelines["m"].calls == 1
 
 
 def test_an_attempt_that_died_after_publishing_is_completed_without_the_model(runtime, job):
@@ -97,7 +100,7 @@ def test_an_attempt_that_died_after_publishing_is_completed_without_the_model(ru
     runtime.records.redis.hset(f"flg:job:{job.id}", mapping={"status": "running", "progress": "0.9"})
     jobs.generate(job.id)
     after = runtime.records.get(job.id)
-    assert (after.status, after.attempt, runtime.pipeline.calls) == (Status.SUCCEEDED, 2, 1)
+    assert (after.status, after.attempt, runtime.pipelines["m"].calls) == (Status.SUCCEEDED, 2, 1)
 
 
 def test_a_claim_whose_answer_was_lost_is_still_ours(runtime, job, monkeypatch):
@@ -130,7 +133,7 @@ def test_a_late_attempt_gives_way_whatever_it_meets(runtime, job, trouble):
         if trouble:
             raise trouble
 
-    runtime.pipeline.during = overtaken
+    runtime.pipelines["m"].during = overtaken
     jobs.generate(job.id)  # returns: an error here would take the job away from worker-b
     after = runtime.records.get(job.id)
     assert (after.status, after.attempt, after.worker) == (Status.RUNNING, 2, "worker-b")
@@ -140,7 +143,7 @@ def test_a_current_attempt_that_meets_the_same_is_tried_again(runtime, job):
     def broken() -> None:
         raise OSError("storage down")
 
-    runtime.pipeline.during = broken
+    runtime.pipelines["m"].during = broken
     with pytest.raises(OSError, match="storage down"):
         jobs.generate(job.id)
 
@@ -152,7 +155,7 @@ def test_a_failure_of_the_job_ends_in_its_record(runtime, job, error, code):
     def broken() -> None:
         raise error
 
-    runtime.pipeline.during = broken
+    runtime.pipelines["m"].during = broken
     jobs.generate(job.id)
     after = runtime.records.get(job.id)
     assert (after.status, after.error_code) == (Status.FAILED, code)
@@ -165,11 +168,11 @@ def test_a_job_for_a_model_that_is_gone_says_so(runtime, job):
     after = runtime.records.get(job.id)
     assert after.error_code == "model_gone"
     assert after.error_message == "old was replaced by m while this job waited; send it again"
-    assert runtime.pipeline.calls == 0
+    assert runtime.pipelines["m"].calls == 0
 
 
 def test_a_job_that_is_deleted_while_it_is_made_leaves_nothing(runtime, job, tmp_path):
-    runtime.pipeline.during = lambda: runtime.records.delete(job.id)
+    runtime.pipelines["m"].during = lambda: runtime.records.delete(job.id)
     jobs.generate(job.id)
     assert runtime.records.get(job.id) is None
     assert not list(tmp_path.glob("videos/*"))
@@ -181,7 +184,7 @@ def test_a_cancelled_job_stops_between_steps(runtime, job, tmp_path, when):
         current = runtime.records.get(job.id)
         runtime.records.change(current, (Status.RUNNING,), status=Status.CANCELLING)
 
-    setattr(runtime.pipeline, when, cancel)
+    setattr(runtime.pipelines["m"], when, cancel)
     jobs.generate(job.id)
     assert runtime.records.get(job.id).status is Status.CANCELLED
     assert not list(tmp_path.glob("videos/*"))
@@ -197,7 +200,7 @@ def flight(monkeypatch):
 
 @pytest.mark.parametrize("when", ["during", "amid"])
 def test_a_job_that_rq_stops_is_cancelled_and_rq_hears_of_it(runtime, job, flight, when):
-    setattr(runtime.pipeline, when, lambda: setattr(flight, "is_stopped", True))
+    setattr(runtime.pipelines["m"], when, lambda: setattr(flight, "is_stopped", True))
     with pytest.raises(Cancelled):
         jobs.generate(job.id)
     assert runtime.records.get(job.id).status is Status.CANCELLED
@@ -205,7 +208,7 @@ def test_a_job_that_rq_stops_is_cancelled_and_rq_hears_of_it(runtime, job, fligh
 
 @pytest.mark.parametrize("when", ["during", "amid"])
 def test_a_job_whose_worker_has_to_end_is_left_to_rq(runtime, job, flight, when, tmp_path):
-    setattr(runtime.pipeline, when, lambda: setattr(flight, "is_interrupted", True))
+    setattr(runtime.pipelines["m"], when, lambda: setattr(flight, "is_interrupted", True))
     with pytest.raises(Interrupted):
         jobs.generate(job.id)
     assert runtime.records.get(job.id).status is Status.RUNNING
@@ -233,6 +236,29 @@ def test_the_manifest_says_what_made_it_and_the_thumbnail_is_the_middle_frame(ru
 @pytest.mark.parametrize(("last_end", "seconds"), [(5.0, 10), (12.0, 8), (19.0, 1)])
 def test_seconds_beside_an_earlier_job_are_not_counted_twice(runtime, last_end, seconds):
     runtime.last_end = last_end
-    jobs._learn_duration(runtime, started=10.0, ended=20.0)
+    jobs._learn_duration(runtime, "m", started=10.0, ended=20.0)
     assert float(runtime.records.redis.hget(SECONDS_KEY, "m")) == seconds
     assert runtime.last_end == 20.0
+
+
+def test_a_job_that_comes_too_late_is_not_begun(runtime, job):
+    runtime.records.change(job, (Status.QUEUED,), start_by=now() - 1)
+    jobs.generate(job.id)
+    after = runtime.records.get(job.id)
+    assert (after.status, after.error_code, runtime.pipelines["m"].calls) == (Status.FAILED, "deadline_start", 0)
+
+
+def test_a_job_that_takes_too_long_ends_between_its_steps(runtime, job):
+    runtime.records.change(job, (Status.QUEUED,), finish_by=now() + 0.05)
+    runtime.pipelines["m"].during = lambda: time.sleep(0.1)
+    jobs.generate(job.id)
+    after = runtime.records.get(job.id)
+    assert (after.status, after.error_code) == (Status.FAILED, "deadline")
+    assert "X-Deadline" in after.error_message
+
+
+def test_the_end_of_a_job_that_has_a_webhook_puts_it_into_the_outbox(runtime, job):
+    runtime.records.change(job, (Status.QUEUED,), webhook_url="https://example.org/hook")
+    jobs.generate(job.id)
+    assert runtime.records.redis.zrange("flg:webhooks:due", 0, -1) == [job.id]
+    assert runtime.records.redis.hget("flg:metrics", "jobs_total|model=m|status=succeeded") == "1"

@@ -1,0 +1,110 @@
+"""What the workers are doing, as far as requests need it: looked at once a second, however many ask."""
+
+from __future__ import annotations
+
+import math
+import threading
+import time
+from dataclasses import dataclass
+from typing import cast
+
+from redis import Redis
+from starlette.concurrency import run_in_threadpool
+
+from worker.contract import SECONDS_KEY, SLOTS_KEY, SLOTS_TOTAL_KEY, Heartbeat, ModelCard, Record, Status, WorkerState
+from worker.records import served_models, workers
+
+_FRESH_S = 1.0
+_GUESS_S = 5.0
+"""Seconds of a job of which nothing is known yet."""
+
+
+@dataclass(frozen=True)
+class Fleet:
+    """One look at it."""
+
+    models: tuple[ModelCard, ...]
+    """The first answers when a request names none."""
+    ready: tuple[Heartbeat, ...]
+    seconds: dict[str, float]
+    """Of a job, by ``ModelCard.pace``."""
+    num_slots: int
+    """Jobs that are under way, or are being asked for."""
+    backlog_s: float
+    """What they will take one worker."""
+
+    @property
+    def num_workers(self) -> int:
+        """Workers that take jobs; at least one, as nobody would wait for none."""
+        return max(1, len(self.ready))
+
+    def model(self, name: str | None) -> ModelCard | None:
+        """The one of this name, or the first."""
+        return next((card for card in self.models if name in (None, card.name)), None)
+
+    def seconds_of(self, card: ModelCard | None) -> float | None:
+        """How long a worker is at a job of it; None when none has been done yet."""
+        return self.seconds.get(card.pace) if card else None
+
+    def expected_s(self, card: ModelCard) -> float:
+        """The same, with a guess where nothing is known."""
+        return self.seconds_of(card) or _GUESS_S
+
+    def eta_s(self, record: Record, position: int | None) -> float | None:
+        """Seconds until a job is over, from its place in the queue (1 is next); None when nothing is known."""
+        seconds = self.seconds_of(self.model(record.model))
+        if record.status.is_terminal or seconds is None:
+            return None
+        if record.status is not Status.QUEUED:
+            return round(seconds * (1 - record.progress), 2)
+        if position is None:
+            return None
+        # Those before it may be of other models: their mean, over the workers; who runs now is half done on average.
+        mean = self.backlog_s / self.num_slots if self.num_slots and self.backlog_s else seconds
+        return round(mean * (math.ceil(position / self.num_workers) - 0.5) + seconds, 2)
+
+
+class Lookout:
+    """Keeps the last look for a second."""
+
+    def __init__(self, redis: Redis) -> None:
+        """``redis`` decodes responses."""
+        self._redis = redis
+        self._looking = threading.Lock()
+        self._seen: tuple[float, Fleet] | None = None
+
+    def fleet(self) -> Fleet:
+        """What is there now, or was a second ago. Raises ``RedisError``."""
+        if fleet := self._fresh():
+            return fleet
+        with self._looking:  # one looks, the others take what it has seen
+            fleet = self._fresh()
+            return self._look() if fleet is None else fleet
+
+    async def fleet_async(self) -> Fleet:
+        """The same, without holding the event loop up."""
+        fleet = self._fresh()
+        return await run_in_threadpool(self.fleet) if fleet is None else fleet
+
+    def _fresh(self) -> Fleet | None:
+        if self._seen and time.monotonic() < self._seen[0] + _FRESH_S:
+            return self._seen[1]
+        return None
+
+    def _look(self) -> Fleet:
+        alive = workers(self._redis)
+        models = served_models(self._redis, alive)
+        with self._redis.pipeline(transaction=False) as pipeline:
+            pipeline.hgetall(SECONDS_KEY)
+            pipeline.zcard(SLOTS_KEY)
+            pipeline.get(SLOTS_TOTAL_KEY)
+            seconds, num_slots, total_ms = cast(tuple[dict[str, str], int, str | None], pipeline.execute())
+        fleet = Fleet(
+            models=tuple(models),
+            ready=tuple(worker for worker in alive if worker.state in (WorkerState.READY, WorkerState.BUSY)),
+            seconds={pace: float(text) for pace, text in seconds.items()},
+            num_slots=num_slots,
+            backlog_s=float(total_ms or 0) / 1000,
+        )
+        self._seen = (time.monotonic(), fleet)
+        return fleet

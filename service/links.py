@@ -1,0 +1,81 @@
+"""Links to videos that work without a key for a while: who has one may read that file, and no other.
+
+A link says until when it works and whose key made it, and both are signed along with the path. Files of an object
+store have links that the store itself checks (`worker.storage`).
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import hmac
+import re
+import secrets
+from collections.abc import Mapping
+from typing import cast
+
+from redis import Redis
+
+from worker.contract import LINK_SECRET_KEY
+
+_EXPIRES = re.compile(r"[0-9]{1,12}")
+_KEY_ID = re.compile(r"[0-9A-Za-z_-]{1,64}")
+_SECRET = re.compile(r"[0-9a-f]{64}")
+_SIGNATURE_BYTES = 18
+"""144 bits, which are 24 letters without padding."""
+
+
+def sign(secret: bytes, path: str, expires: int, key_id: str) -> str:
+    """The query string that makes a link of ``path``.
+
+    Args:
+        secret: from `link_secret`.
+        path: of the URL, as the service sees it: without host and without what a proxy puts in front.
+        expires: epoch seconds; the link works before then.
+        key_id: of whoever is given the link.
+    """
+    assert _KEY_ID.fullmatch(key_id), key_id
+    return f"exp={expires}&key={key_id}&sig={_signature(secret, path, str(expires), key_id)}"
+
+
+def verify(secret: bytes, path: str, query: Mapping[str, str], now: float, expires_at: float) -> bool:
+    """Whether a query string opens ``path`` now. Whatever stands in it, nothing is raised.
+
+    Args:
+        secret: from `link_secret`.
+        path: of the URL that was asked for.
+        query: its parameters ``exp``, ``key`` and ``sig``; others are not looked at.
+        now: epoch seconds.
+        expires_at: when what lies at the path expires; no link outlives it.
+    """
+    return is_genuine(secret, path, query) and now < int(query["exp"]) <= expires_at
+
+
+def is_genuine(secret: bytes, path: str, query: Mapping[str, str]) -> bool:
+    """Whether we have signed this for ``path``, whenever that was."""
+    expires, key_id, signature = (query.get(name, "") for name in ("exp", "key", "sig"))
+    if not (_EXPIRES.fullmatch(expires) and _KEY_ID.fullmatch(key_id)):
+        return False
+    wanted = _signature(secret, path, expires, key_id)
+    # Bytes: a text that is not ASCII cannot be compared in constant time.
+    return hmac.compare_digest(wanted.encode(), signature.encode("utf-8", "surrogatepass"))
+
+
+def _signature(secret: bytes, path: str, expires: str, key_id: str) -> str:
+    # GET stands for HEAD too: it asks for less of the same.
+    message = f"GET|{path}|{expires}|{key_id}".encode("utf-8", "surrogatepass")
+    digest = hmac.new(secret, message, hashlib.sha256).digest()
+    return base64.urlsafe_b64encode(digest[:_SIGNATURE_BYTES]).decode()
+
+
+def link_secret(redis: Redis) -> bytes:
+    """What links are signed with: 32 random bytes that all services of one Redis share, made by the first.
+
+    Raises:
+        ValueError: what Redis holds is no such secret.
+    """
+    redis.set(LINK_SECRET_KEY, secrets.token_hex(32), nx=True)
+    found = cast(str, redis.get(LINK_SECRET_KEY))
+    if not _SECRET.fullmatch(found):
+        raise ValueError(f"{LINK_SECRET_KEY} in Redis is not 64 hexadecimal digits; delete it, and a new one is made")
+    return bytes.fromhex(found)

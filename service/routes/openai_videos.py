@@ -1,0 +1,286 @@
+"""`/v1/videos`, `/v1/models`: OpenAI's wire format over the same jobs, for clients and tools that speak it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Annotated, Any, Literal
+
+from fastapi import APIRouter, Query, Request, Response
+from fastapi.responses import FileResponse
+from redis.exceptions import RedisError
+from starlette.concurrency import run_in_threadpool
+from starlette.datastructures import UploadFile
+
+from service import openai_schema
+from service.deps import AfterDep, Context, ContextDep, GeneratorDep, JobIdDep, LimitDep, ReaderDep
+from service.errors import ApiError
+from service.openai_schema import Model, ModelList, Video, VideoDeleted, VideoPage
+from service.reading import Seen
+from service.routes.videos import file_of
+from service.schema import ErrorEnvelope
+from service.submitting import Image, SubmitHeadersDep, image_of, remove, submit
+from service.viewing import Viewer, ViewerDep, answer
+from worker.contract import MODELS_KEY, ModelCard, VideoSize, input_path
+
+router = APIRouter(prefix="/v1", tags=["openai"])
+
+_ERRORS: dict[int | str, dict[str, Any]] = {
+    code: {"model": ErrorEnvelope} for code in (400, 401, 403, 404, 413, 415, 422, 429, 503)
+}
+_FORMS = ("multipart/form-data", "application/x-www-form-urlencoded")
+_VARIANTS = {"video": "mp4", "thumbnail": "jpg"}
+
+_PROMPT = {"type": "string", "example": "a red circle moves right quickly, static camera"}
+_FIELDS: dict[str, Any] = {
+    "prompt": _PROMPT,
+    "model": {"type": "string", "example": "shapes-4step"},
+    "size": {"type": "string", "example": "64x64"},
+    "seconds": {"type": "string"},
+    "seed": {"type": "integer", "minimum": 0, "maximum": 2**32 - 1},
+    "webhook_url": {"type": "string", "format": "uri"},
+    "metadata": {"type": "object", "additionalProperties": {"type": "string"}},
+}
+_URL = {"type": "string", "description": "data:image/png;base64,..."}
+_URL_OBJECT = {"type": "object", "properties": {"image_url": _URL}}
+
+
+def _body_of(reference: dict[str, Any]) -> dict[str, Any]:
+    properties = {"input_reference": reference, **_FIELDS}
+    return {"schema": {"type": "object", "required": ["input_reference", "prompt"], "properties": properties}}
+
+
+_CREATE_BODY = {
+    "required": True,
+    "content": {
+        "multipart/form-data": _body_of({"type": "string", "format": "binary"}),
+        "application/json": _body_of({"anyOf": [_URL, _URL_OBJECT]}),
+    },
+}
+_REMIX_BODY = {
+    "required": True,
+    "content": {"application/json": {"schema": {"type": "object", "required": ["prompt"], "properties": _FIELDS}}},
+}
+
+
+# --- ask for one -----------------------------------------------------------------------------------------------------
+
+
+@router.post("/videos", response_model=Video, responses=_ERRORS, openapi_extra={"requestBody": _CREATE_BODY})
+async def create(
+    request: Request, principal: GeneratorDep, context: ContextDep, viewer: ViewerDep, headers: SubmitHeadersDep
+) -> Response:
+    """Animate `input_reference`: a file, a data URL, or an object or JSON text with one. Unknown fields are ignored."""
+    values = await _read(request, context)
+    fields = openai_schema.fields_of(values)
+    card = await _model(context, fields.model)
+    if card is not None:
+        openai_schema.check_format(values, card)
+    with _naming_the_image():
+        picture = openai_schema.picture_in(values.get("input_reference"))
+        image: Image = image_of(picture, context) if isinstance(picture, str) else picture
+        record, is_new = await submit(context, principal, headers, fields, image)
+    return await _accepted(viewer, Seen(record), is_new)
+
+
+@router.post(
+    "/videos/{job_id}/remix",
+    response_model=Video,
+    responses={409: {"model": ErrorEnvelope}, **_ERRORS},
+    openapi_extra={"requestBody": _REMIX_BODY},
+)
+async def remix(
+    job_id: JobIdDep,
+    request: Request,
+    principal: GeneratorDep,
+    context: ContextDep,
+    viewer: ViewerDep,
+    headers: SubmitHeadersDep,
+) -> Response:
+    """Animate the image of an earlier video with another prompt, and another seed unless one is given."""
+    source = (await context.reader.get(job_id, principal.id)).record
+    values = await _read(request, context)
+    fields = openai_schema.fields_of(values)
+    if fields.model is None and source.model in [card.name for card in await _models(context)]:
+        fields = fields.model_copy(update={"model": source.model})
+    card = await _model(context, fields.model)
+    if card is not None:
+        openai_schema.check_format(values, card)
+    try:
+        image = await run_in_threadpool(context.storage.read, input_path(job_id))
+    except FileNotFoundError:
+        message = f"the image of {job_id} is not kept any more; send it again as a new video"
+        raise ApiError(409, "input_gone", message, headers={"x-should-retry": "false"}) from None
+    record, is_new = await submit(context, principal, headers, fields, image, remixed_from=job_id)
+    return await _accepted(viewer, Seen(record), is_new)
+
+
+@router.post("/videos/edits", include_in_schema=False)
+@router.post("/videos/extensions", include_in_schema=False)
+@router.post("/videos/characters", include_in_schema=False)
+async def not_offered(request: Request, _principal: GeneratorDep) -> None:
+    """What OpenAI's alone can do."""
+    message = f"{request.url.path} is not offered: the models here animate an image; see /v1/videos/{{id}}/remix"
+    raise ApiError(404, "not_offered", message)
+
+
+# --- look at them ----------------------------------------------------------------------------------------------------
+
+
+@router.get("/videos/{job_id}", response_model=Video, responses=_ERRORS)
+async def read(job_id: JobIdDep, principal: ReaderDep, context: ContextDep, viewer: ViewerDep) -> Response:
+    """One video. One that has failed, was cancelled or has expired is an answer too: 200 with `status: failed`."""
+    seen = await context.reader.get(job_id, principal.id)
+    sizes = await _sizes(context, {seen.record.model})
+    return answer(_view(viewer, seen, sizes), headers=_poll_header(seen))
+
+
+@router.get("/videos", response_model=VideoPage, responses=_ERRORS)
+async def list_videos(
+    principal: ReaderDep,
+    context: ContextDep,
+    viewer: ViewerDep,
+    limit: LimitDep = 20,
+    after: AfterDep = None,
+    order: Annotated[Literal["asc", "desc"], Query(description="By time of creation")] = "desc",
+) -> Response:
+    """The key's own."""
+    oldest_first = order == "asc"
+    records, has_more = await run_in_threadpool(
+        lambda: context.store.page(limit, after, principal.id, oldest_first=oldest_first)
+    )
+    sizes = await _sizes(context, {record.model for record in records})
+    data = [_view(viewer, seen, sizes) for seen in await context.reader.outlook(records)]
+    first_id, last_id = (data[0].id, data[-1].id) if data else (None, None)
+    return answer(VideoPage(data=data, has_more=has_more, first_id=first_id, last_id=last_id))
+
+
+@router.head("/videos/{job_id}/content", include_in_schema=False)
+@router.get("/videos/{job_id}/content", response_class=FileResponse, responses=_ERRORS)
+async def content(
+    job_id: JobIdDep,
+    request: Request,
+    principal: ReaderDep,
+    context: ContextDep,
+    variant: Annotated[str, Query(description="video or thumbnail")] = "video",
+) -> Response:
+    """The file itself, or a redirect to where it is kept. 410 once it has expired."""
+    suffix = _VARIANTS.get(variant)
+    if suffix is None:
+        message = f"variant: got {variant[:32]!r}; there are {' and '.join(map(repr, _VARIANTS))}"
+        raise ApiError(400, "invalid_value", message, param="variant")
+    record = (await context.reader.get(job_id, principal.id)).record
+    return await run_in_threadpool(file_of, context, record, suffix, request.method)
+
+
+@router.delete("/videos/{job_id}", responses={409: {"model": ErrorEnvelope}, **_ERRORS})
+async def delete(job_id: JobIdDep, principal: GeneratorDep, context: ContextDep) -> VideoDeleted:
+    """Remove a video and its files; one that is being made is cancelled first."""
+    await remove(context, job_id, principal.id)
+    return VideoDeleted(id=job_id)
+
+
+# --- models ----------------------------------------------------------------------------------------------------------
+
+
+@router.get("/models", responses=_ERRORS)
+async def models(_principal: ReaderDep, context: ContextDep) -> ModelList:
+    """The models that can be asked for; the first answers when none is named. Empty before a worker has been ready."""
+    return ModelList(data=[await _model_view(context, card) for card in await _models(context)])
+
+
+@router.get("/models/{name}", responses=_ERRORS)
+async def model(name: str, _principal: ReaderDep, context: ContextDep) -> Model:
+    """One of them."""
+    card = await _model(context, name)
+    if card is None:
+        raise _unknown_model(name, [])
+    return await _model_view(context, card)
+
+
+async def _model_view(context: Context, card: ModelCard) -> Model:
+    fleet = await context.store.lookout.fleet_async()
+    since = min((worker.started_at for worker in fleet.ready if card.name in worker.models), default=0.0)
+    return openai_schema.model(card, since)
+
+
+async def _models(context: Context) -> tuple[ModelCard, ...]:
+    return (await context.store.lookout.fleet_async()).models
+
+
+async def _model(context: Context, name: str | None) -> ModelCard | None:
+    """The model of this name, or the first; None while there is none at all. Raises ``ApiError`` 404."""
+    cards = await _models(context)
+    card = next((card for card in cards if name in (None, card.name)), None)
+    if card is None and cards:
+        raise _unknown_model(str(name), [card.name for card in cards])
+    return card
+
+
+def _unknown_model(name: str, there: list[str]) -> ApiError:
+    message = (
+        f"model: got {name[:64]!r}; the models that can be asked for are {', '.join(map(repr, there)) or 'none yet'}"
+    )
+    return ApiError(404, "model_not_found", message, param="model")
+
+
+# --- what these share ------------------------------------------------------------------------------------------------
+
+
+async def _read(request: Request, context: Context) -> dict[str, Any]:
+    """The fields of either kind of body, files as bytes. Raises ``ApiError`` 415, 422."""
+    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if kind == "application/json":
+        return openai_schema.object_of(await request.body())
+    if kind not in _FORMS:
+        message = f"Content-Type: got {kind[:64] or 'none'!r}; send multipart/form-data or application/json"
+        raise ApiError(415, "content_type", message)
+    # The image may come as a data URL in a text part, so a part may be as long as a body.
+    limit = context.settings.max_body_bytes
+    async with request.form(max_files=2, max_fields=40, max_part_size=limit) as form:
+        parts = [
+            (name, await part.read() if isinstance(part, UploadFile) else part) for name, part in form.multi_items()
+        ]
+    return openai_schema.nested(parts)
+
+
+@contextmanager
+def _naming_the_image() -> Iterator[None]:
+    """Errors about the image name the field that it came in."""
+    try:
+        yield
+    except ApiError as error:
+        if error.param == "image":
+            error.param = "input_reference"
+        raise
+
+
+async def _accepted(viewer: Viewer, seen: Seen, is_new: bool) -> Response:
+    headers = {} if is_new else {"Idempotent-Replayed": "true"}
+    sizes: dict[str, VideoSize] = {}
+    try:
+        sizes = await _sizes(viewer.context, {seen.record.model})
+        [seen] = await viewer.context.reader.outlook([seen.record])
+    except RedisError:
+        pass  # The job is accepted: an error now would make the client send it again.
+    return answer(_view(viewer, seen, sizes), headers={**headers, **_poll_header(seen)})
+
+
+def _view(viewer: Viewer, seen: Seen, sizes: dict[str, VideoSize]) -> Video:
+    return openai_schema.video(viewer.plain(seen), sizes.get(seen.record.model))
+
+
+def _poll_header(seen: Seen) -> dict[str, str]:
+    if seen.record.status.is_terminal:
+        return {}
+    return {"openai-poll-after-ms": str(openai_schema.poll_after_ms(seen.eta_s))}
+
+
+async def _sizes(context: Context, names: set[str]) -> dict[str, VideoSize]:
+    """What these models make, those among them that no worker has any more."""
+    sizes = {card.name: card.video for card in await _models(context)}
+    if old := sorted(names - sizes.keys()):
+        texts = await context.async_redis.hmget(MODELS_KEY, old)
+        cards = [ModelCard.model_validate_json(text) for text in texts if text]
+        sizes |= {card.name: card.video for card in cards}
+    return sizes

@@ -1,0 +1,65 @@
+"""What a job looks like to whoever asked for it: links that work from there, signed where a key is needed."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Annotated
+
+from fastapi import Depends, Response
+from pydantic import BaseModel
+
+from service import links, webhooks
+from service.deps import Context, ContextDep, OriginDep
+from service.reading import Seen
+from service.schema import Generation, Sign, WebhookState, generation
+from service.settings import Settings
+from worker.contract import LOCAL, Record
+from worker.records import now
+
+_HOUR_S = 3600
+
+
+@dataclass(frozen=True)
+class Viewer:
+    """Makes views for one request."""
+
+    context: Context
+    origin: str
+
+    def plain(self, seen: Seen, webhook: WebhookState | None = None) -> Generation:
+        """The job, from what is at hand."""
+        return generation(seen.record, self.origin, seen.position, seen.eta_s, self.context.sign, webhook)
+
+    async def view(self, seen: Seen) -> Generation:
+        """The job, and how far its webhook is."""
+        record = seen.record
+        webhook = None
+        if record.webhook_url and record.status.is_terminal:
+            webhook = WebhookState.model_validate(await webhooks.state(self.context.async_redis, record.id))
+        return self.plain(seen, webhook)
+
+
+async def _viewer(context: ContextDep, origin: OriginDep) -> Viewer:
+    return Viewer(context, origin)
+
+
+ViewerDep = Annotated[Viewer, Depends(_viewer)]
+
+
+def answer(view: BaseModel, status: int = 200, headers: dict[str, str] | None = None) -> Response:
+    """A view as it goes out: it is ours, so it is not checked again on its way."""
+    return Response(view.model_dump_json(), status, headers, media_type="application/json")
+
+
+def signer(secret: bytes, settings: Settings) -> Sign:
+    """Signs links to files, so that they work without a key: for LINK_HOURS, or until the file is removed."""
+
+    def sign(path: str, record: Record) -> str:
+        if record.owner == LOCAL and not settings.needs_key:
+            return ""
+        # The same link for an hour, so that a browser finds in its cache what it has had.
+        until = _HOUR_S * math.ceil(now() / _HOUR_S + settings.link_hours)
+        return links.sign(secret, path, min(until, math.floor(record.expires_at)), record.owner)
+
+    return sign
