@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from typing import Annotated, cast
 
 import httpx
-from fastapi import Depends, Query, Request, Security
-from fastapi.security import HTTPBearer
+from fastapi import Depends, Query, Request
+from fastapi.openapi.models import HTTPBearer
+from fastapi.security.base import SecurityBase
 from redis import Redis
 from redis.asyncio import Redis as AsyncRedis
 
@@ -51,25 +52,28 @@ async def _context(request: Request) -> Context:
     return cast(Context, request.app.state.context)
 
 
-async def _origin(request: Request) -> str:
+def origin_of(request: Request) -> str:
     """How links begin: the configured address, else where this request came in."""
     settings = cast(Context, request.app.state.context).settings
     return str(settings.public_url or request.base_url).rstrip("/")
 
 
-class Requires:
-    """Lets a request pass whose key has the scope. Tests find out by it what each route asks for."""
+async def _origin(request: Request) -> str:
+    return origin_of(request)
+
+
+class Requires(SecurityBase):
+    """Lets a request pass whose key has the scope. Tests find out by it what each route asks for, and `/docs` too."""
 
     def __init__(self, scope: str) -> None:
         self.scope = scope
+        self.scheme_name = "API key"
+        self.model = HTTPBearer(description="`fl_...`, where the service needs keys")
 
-    async def __call__(self, request: Request, _shown_in_docs: Annotated[object, Security(_BEARER)]) -> Principal:
+    async def __call__(self, request: Request) -> Principal:
         """Who asks. Raises ``ApiError`` 401, 403."""
         context = cast(Context, request.app.state.context)
         return await context.authenticator.require(request, self.scope)
-
-
-_BEARER = HTTPBearer(auto_error=False, scheme_name="API key", description="`fl_...`, where the service needs keys")
 
 
 async def _whoever(request: Request) -> Principal | None:

@@ -29,6 +29,8 @@ _LOOK_S = 10.0
 _QUEUE_S = 2.0
 """How often those whose jobs wait are told their places, while the queue moves."""
 _PAUSE_S = 0.5
+_PING_S = 30.0
+"""A connection that has gone without a word is found out by then."""
 _MOST = 64
 """Changes that are read at a time."""
 
@@ -112,12 +114,15 @@ class Hub:
             for watches in self._watches.values():  # what was said meanwhile has been missed
                 for watch in watches:
                     watch.ring()
+            pinged = time.monotonic()
             while True:
-                message = await subscription.get_message(timeout=30)
+                message = await subscription.get_message(timeout=_PING_S)
                 if (task := asyncio.current_task()) and task.cancelling():
                     raise asyncio.CancelledError  # redis-py takes a cancel for the end of its timeout
-                if message is None:
-                    await subscription.ping()
+                if message is None:  # nothing, or the answer to a ping
+                    if time.monotonic() > pinged + _PING_S / 2:
+                        pinged = time.monotonic()
+                        await subscription.ping()
                     continue
                 self._queue_has_moved = True
                 for watch in self._watches.get(message["data"], ()):

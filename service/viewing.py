@@ -6,11 +6,11 @@ import math
 from dataclasses import dataclass
 from typing import Annotated
 
-from fastapi import Depends, Response
+from fastapi import Depends, Request, Response
 from pydantic import BaseModel
 
 from service import links, webhooks
-from service.deps import Context, ContextDep, OriginDep
+from service.deps import Context, origin_of
 from service.reading import Seen
 from service.schema import Generation, Sign, WebhookState, generation
 from service.settings import Settings
@@ -40,8 +40,8 @@ class Viewer:
         return self.plain(seen, webhook)
 
 
-async def _viewer(context: ContextDep, origin: OriginDep) -> Viewer:
-    return Viewer(context, origin)
+async def _viewer(request: Request) -> Viewer:
+    return Viewer(request.app.state.context, origin_of(request))
 
 
 ViewerDep = Annotated[Viewer, Depends(_viewer)]
