@@ -93,7 +93,8 @@ def _id_of(prefix: str, noun: str) -> Callable[[str], Awaitable[str]]:
 
 ContextDep = Annotated[Context, Depends(_context)]
 OriginDep = Annotated[str, Depends(_origin)]
-JobIdDep = Annotated[str, Depends(_id_of("vid", "generation"))]
+generation_id = _id_of("vid", "generation")
+JobIdDep = Annotated[str, Depends(generation_id)]
 DistillationIdDep = Annotated[str, Depends(_id_of("dist", "distillation"))]
 LimitDep = Annotated[int, Query(ge=1, le=100)]
 AfterDep = Annotated[str | None, Query(description="`last_id` of the page before")]

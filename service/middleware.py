@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import re
 import secrets
+from functools import lru_cache
 from ipaddress import ip_address
 from urllib.parse import urlsplit
 
@@ -90,10 +91,12 @@ class SameSite:
         return None
 
 
+@lru_cache(1024)
 def _name(netloc: str) -> str:
     return re.sub(r":\d*$", "", netloc).lower()
 
 
+@lru_cache(1024)
 def _is_loopback(name: str) -> bool:
     try:
         return ip_address(name.strip("[]")).is_loopback

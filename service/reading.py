@@ -1,9 +1,10 @@
-"""Reading jobs without a thread: what most requests do, so each is one call to Redis."""
+"""Reading jobs without a thread: what most requests do."""
 
 from __future__ import annotations
 
+import asyncio
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 from redis.asyncio import Redis as AsyncRedis
 from rq import Queue
@@ -27,12 +28,18 @@ class Seen:
 
 
 class Reader:
-    """The jobs in one Redis."""
+    """The jobs in one Redis.
+
+    Whatever is asked for in one turn of the event loop goes to Redis in one call: what a call costs this process is then
+    shared by all who wait for it, and the busier the service is, the more they are.
+    """
 
     def __init__(self, redis: AsyncRedis, lookout: Lookout) -> None:
         """``redis`` decodes responses."""
         self._redis = redis
         self._lookout = lookout
+        self._asked: list[tuple[str, asyncio.Future[tuple[dict[str, str], int | None]]]] = []
+        self._asking: set[asyncio.Task[None]] = set()
 
     async def get(self, job_id: str, owner: str) -> Seen:
         """One job. Raises ``ApiError`` 404: there is none of this id, or it is another owner's."""
@@ -43,15 +50,12 @@ class Reader:
 
     async def find(self, job_id: str) -> Seen | None:
         """One job, whoever's; None where there is none of this id."""
-        pipeline = self._redis.pipeline(transaction=False)
-        pipeline.hgetall(record_key(job_id))
-        pipeline.lpos(_QUEUE_KEY, job_id)
-        values, index = cast(tuple[dict[str, str], int | None], tuple(await pipeline.execute()))
+        values, index = await self._ask(job_id)
         return await self._seen(Record.from_hash(values), index) if values else None
 
     async def record(self, job_id: str) -> Record | None:
         """The record alone."""
-        values = cast(dict[str, str], await self._redis.hgetall(record_key(job_id)))
+        values, _ = await self._ask(job_id)
         return Record.from_hash(values) if values else None
 
     async def outlook(self, records: list[Record]) -> list[Seen]:
@@ -72,3 +76,34 @@ class Reader:
         position = None if index is None or record.status is not Status.QUEUED else index + 1
         fleet = await self._lookout.fleet_async()
         return Seen(record, position, fleet.eta_s(record, position))
+
+    def _ask(self, job_id: str) -> asyncio.Future[tuple[dict[str, str], int | None]]:
+        """The record's hash, and its index in the queue."""
+        loop = asyncio.get_running_loop()
+        if not self._asked:
+            loop.call_soon(self._send)  # after all who are asking now
+        answer: asyncio.Future[tuple[dict[str, str], int | None]] = loop.create_future()
+        self._asked.append((job_id, answer))
+        return answer
+
+    def _send(self) -> None:
+        asked, self._asked = self._asked, []
+        task = asyncio.create_task(self._answer(asked))
+        self._asking.add(task)
+        task.add_done_callback(self._asking.discard)
+
+    async def _answer(self, asked: list[tuple[str, asyncio.Future[tuple[dict[str, str], int | None]]]]) -> None:
+        try:
+            pipeline = self._redis.pipeline(transaction=False)
+            for job_id, _ in asked:
+                pipeline.hgetall(record_key(job_id))
+                pipeline.lpos(_QUEUE_KEY, job_id)
+            found = await pipeline.execute()
+        except BaseException as error:
+            for _, answer in asked:
+                if not answer.done():
+                    answer.set_exception(error)
+            return
+        for number, (_, answer) in enumerate(asked):
+            if not answer.done():  # whoever asked has gone
+                answer.set_result((found[2 * number], found[2 * number + 1]))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cached_property
 from ipaddress import ip_address
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -82,7 +83,7 @@ class Settings(BaseSettings):
             raise ValueError(f"AUTH=off with HOST={self.host} would let everybody in; it needs a loopback address")
         return self
 
-    @property
+    @cached_property
     def is_local(self) -> bool:
         """Whether nobody but this machine reaches the service."""
         try:
@@ -90,7 +91,7 @@ class Settings(BaseSettings):
         except ValueError:  # a name
             return False
 
-    @property
+    @cached_property
     def needs_key(self) -> bool:
         """Whether a request without an API key is refused."""
         return self.auth == "on" or (self.auth == "auto" and not self.is_local)

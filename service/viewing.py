@@ -40,11 +40,12 @@ class Viewer:
         return self.plain(seen, webhook)
 
 
-async def _viewer(request: Request) -> Viewer:
+async def viewer_of(request: Request) -> Viewer:
+    """For whoever sent this request."""
     return Viewer(request.app.state.context, origin_of(request))
 
 
-ViewerDep = Annotated[Viewer, Depends(_viewer)]
+ViewerDep = Annotated[Viewer, Depends(viewer_of)]
 
 
 def answer(view: BaseModel, status: int = 200, headers: dict[str, str] | None = None) -> Response:

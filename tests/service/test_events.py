@@ -86,3 +86,19 @@ def test_waiting_ends_with_its_time(record, redis_server):
             return await wait(*needed, record.id, 0.5)
 
     assert asyncio.run(briefly()).status is Status.QUEUED
+
+
+def test_while_nothing_happens_nothing_is_asked(records, record, redis_server):
+    async def idle() -> int:
+        async with following(redis_server.url) as needed:
+            stream = follow(*needed, record.id)
+            await anext(stream)
+            waiting = asyncio.ensure_future(anext(stream))
+            await asyncio.sleep(0.3)
+            before = records.redis.info("stats")["total_commands_processed"]
+            await asyncio.sleep(1)
+            asked = records.redis.info("stats")["total_commands_processed"] - before
+            waiting.cancel()
+            return asked
+
+    assert asyncio.run(idle()) <= 3  # our own question among them

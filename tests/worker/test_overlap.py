@@ -9,6 +9,7 @@ import json
 import signal
 import time
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
 from PIL import Image
@@ -16,11 +17,12 @@ from rq.command import send_stop_job_command
 from rq.job import Job
 from rq.serializers import JSONSerializer
 
-from service.jobs import JobStore
+from service.auth import Principal
+from service.jobs import Ask, JobStore
 from service.schema import GenerateFields
 from service.settings import Settings
 from tests.stack import Stack, stop, wait_for
-from worker.contract import Phase, Status, WorkerState, output_path
+from worker.contract import LOCAL, Phase, Record, Status, WorkerState, output_path
 from worker.pipeline import Options, VideoPipeline
 from worker.queues import make_queue
 from worker.records import connect, ready_workers, workers
@@ -86,13 +88,17 @@ def worker(held):
     return running if running and running.poll() is None else held.start()
 
 
+def submit_to(store: JobStore, prompt: str, seed: int, image: Path) -> Record:
+    ask = Ask(GenerateFields(prompt=prompt, seed=seed), image_sha256="")
+    record, _ = store.submit(Principal(LOCAL, frozenset()), ask, image.read_bytes())
+    return record
+
+
 @pytest.fixture
 def submit(held, worker, example_image):
     """``submit(seed)``: the seed is also the name of the job's gates."""
     assert worker.poll() is None
-    return lambda seed, **settings: held.store(**settings).submit(
-        GenerateFields(prompt="x", seed=seed), example_image.read_bytes()
-    )
+    return lambda seed, **settings: submit_to(held.store(**settings), "x", seed, example_image)
 
 
 @pytest.fixture
@@ -309,7 +315,7 @@ def test_videos_made_beside_each_other_are_what_the_model_makes_alone(bundled, e
     wait_for(lambda: ready_workers(redis), 60, f"the worker:\n{bundled.log('worker')}")
     settings = Settings(redis_url=bundled.redis.url, min_free_bytes=0)
     store = JobStore(settings, redis, connect(bundled.redis.url, text=False), Storage(str(bundled.storage)))
-    ids = [store.submit(GenerateFields(prompt=prompt, seed=n), example_image.read_bytes()).id for n in range(4)]
+    ids = [submit_to(store, prompt, seed, example_image).id for seed in range(4)]
     wait_for(lambda: store.get(ids[-1]).status.is_terminal, 60, f"the last:\n{bundled.log('worker')}")
     manifests = [json.loads((bundled.storage / output_path(job_id, "json")).read_text()) for job_id in ids]
     assert [m["video_sha256"] for m in manifests] == [hashlib.sha256(video).hexdigest() for video in alone]

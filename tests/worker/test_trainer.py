@@ -52,7 +52,7 @@ class Run:
 
     def __init__(self, stack: Stack, store: DistillationStore) -> None:
         self.stack, self.store = stack, store
-        self.id = store.submit(DistillationFields(recipe="shapes", preset="smoke")).id
+        self.id = store.submit(DistillationFields(recipe="shapes", preset="smoke"), owner="local").id
         self.folder = stack.folder / "runs" / self.id
         self.trainers = []
 
