@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import asyncio
 import logging
 import sys
 from datetime import UTC, datetime
@@ -11,11 +12,14 @@ import uvicorn
 from pydantic import ValidationError
 from redis.exceptions import RedisError
 
+from service import webhooks
 from service.app import create_app
 from service.auth import SCOPES, BadKey, Keys, new_key
 from service.settings import Settings
 from worker import logs, tracing
-from worker.records import connect
+from worker.contract import LOCAL
+from worker.records import connect, connect_async
+from worker.storage import Storage, StorageError
 
 log = logging.getLogger("service")
 
@@ -35,7 +39,7 @@ def main() -> int:
         if options.command == "keys":
             return _keys(options, settings)
         return _serve(settings)
-    except BadKey as error:
+    except (BadKey, StorageError) as error:
         sys.stderr.write(f"error: {error}\n")
         return 2
     except RedisError as error:
@@ -55,7 +59,8 @@ def _parser() -> argparse.ArgumentParser:
     add.add_argument("--per-minute", type=int, help="requests for a video (default: KEY_PER_MINUTE; 0: no limit)")
     keys.add_parser("list", help="all keys, without their secrets")
     keys.add_parser("revoke", help="forget a key").add_argument("id")
-    keys.add_parser("webhook-secret", help="print what a key's webhooks are signed with").add_argument("id")
+    secret = keys.add_parser("webhook-secret", help="print what a key's webhooks are signed with")
+    secret.add_argument("id", help=f"of the key; {LOCAL} for jobs that nobody's key asked for")
     return parser
 
 
@@ -63,6 +68,7 @@ def _serve(settings: Settings) -> int:
     """Serve until SIGTERM."""
     logs.configure("service", settings.log_level, settings.log_format)
     tracing.configure("service")
+    Storage(settings.storage_url).check()
     _make_first_key(settings)
     uvicorn.run(
         create_app(settings),
@@ -113,6 +119,8 @@ def _keys(options: argparse.Namespace, settings: Settings) -> int:
         for key in keys.list():
             made = datetime.fromtimestamp(key.created_at, UTC).strftime("%Y-%m-%d")
             sys.stdout.write(f"{key.id}  {made}  {','.join(key.scopes):<28}  {key.name}\n")
+    elif options.action == "webhook-secret" and options.id == LOCAL:
+        sys.stdout.write(f"{asyncio.run(_local_secret(settings))}\n")
     elif (found := keys.get(options.id)) is None:
         sys.stderr.write(f"error: there is no key {options.id!r}; `python -m service keys list` shows all\n")
         return 2
@@ -122,6 +130,14 @@ def _keys(options: argparse.Namespace, settings: Settings) -> int:
     else:
         sys.stdout.write(f"{found.webhook_secret}\n")
     return 0
+
+
+async def _local_secret(settings: Settings) -> str:
+    redis = connect_async(settings.redis_url)
+    try:
+        return await webhooks.local_secret(redis)
+    finally:
+        await redis.aclose()
 
 
 if __name__ == "__main__":

@@ -25,7 +25,6 @@ from service.middleware import BodyLimit, RequestId, SameSite
 from service.reading import Reader
 from service.routes import admin, generate, health, metrics, openai_videos, playground, videos
 from service.settings import Settings
-from service.viewing import signer
 from worker import tracing
 from worker.metrics import Metrics
 from worker.records import connect, connect_async
@@ -63,7 +62,7 @@ def create_app(settings: Settings) -> FastAPI:
             reader=reader,
             hub=hub,
             link_secret=secret,
-            sign=signer(secret, settings),
+            sign=links.signer(secret, settings),
             outside=outside,
         )
         tasks = [asyncio.create_task(_keep_up(store, distillations)), asyncio.create_task(hub.run())]

@@ -154,7 +154,8 @@ async def follow(
         reader: of the same Redis.
         job_id: a job that exists.
         last_id: begin after this change (`Last-Event-ID`) instead of with the present state.
-        until: when to give up, by `time.monotonic`. A timeout around this would not do: redis-py may swallow its cancel.
+        until: when to give up, by `time.monotonic`. A timeout around this would not do: redis-py may swallow its
+            cancel.
 
     While it waits it also comes again as its place in the queue changes, and now and then as it is. The iterator ends
     after a terminal state, or when the record is deleted.

@@ -242,8 +242,7 @@ class JobStore(Store[Record]):
         self.records.delete(job_id, record.owner)
 
     def _remove_files(self, job_id: str) -> None:
-        for path in (input_path(job_id), *(output_path(job_id, suffix) for suffix in OUTPUT_SUFFIXES)):
-            self._storage.delete(path)
+        self._storage.delete_many([input_path(job_id), *(output_path(job_id, suffix) for suffix in OUTPUT_SUFFIXES)])
 
     # --- upkeep ---------------------------------------------------------------------------------------------------
 

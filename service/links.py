@@ -9,6 +9,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import hmac
+import math
 import re
 import secrets
 from collections.abc import Mapping
@@ -16,8 +17,12 @@ from typing import cast
 
 from redis import Redis
 
-from worker.contract import LINK_SECRET_KEY
+from service.schema import Sign
+from service.settings import Settings
+from worker.contract import LINK_SECRET_KEY, LOCAL, Record
+from worker.records import now
 
+_HOUR_S = 3600
 _EXPIRES = re.compile(r"[0-9]{1,12}")
 _KEY_ID = re.compile(r"[0-9A-Za-z_-]{1,64}")
 _SECRET = re.compile(r"[0-9a-f]{64}")
@@ -79,3 +84,16 @@ def link_secret(redis: Redis) -> bytes:
     if not _SECRET.fullmatch(found):
         raise ValueError(f"{LINK_SECRET_KEY} in Redis is not 64 hexadecimal digits; delete it, and a new one is made")
     return bytes.fromhex(found)
+
+
+def signer(secret: bytes, settings: Settings) -> Sign:
+    """Signs links to files, so that they work without a key: for LINK_HOURS, or until the file is removed."""
+
+    def query(path: str, record: Record) -> str:
+        if record.owner == LOCAL and not settings.needs_key:
+            return ""
+        # The same link for an hour, so that a browser finds in its cache what it has had.
+        until = _HOUR_S * math.ceil(now() / _HOUR_S + settings.link_hours)
+        return sign(secret, path, min(until, math.floor(record.expires_at)), record.owner)
+
+    return query

@@ -30,7 +30,7 @@ class Seen:
 class Reader:
     """The jobs in one Redis.
 
-    Whatever is asked for in one turn of the event loop goes to Redis in one call: what a call costs this process is then
+    Whatever is asked for in one turn of the event loop goes to Redis in one call: what a call costs this process is
     shared by all who wait for it, and the busier the service is, the more they are.
     """
 

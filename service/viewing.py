@@ -2,22 +2,16 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Annotated
 
 from fastapi import Depends, Request, Response
 from pydantic import BaseModel
 
-from service import links, webhooks
+from service import webhooks
 from service.deps import Context, origin_of
 from service.reading import Seen
-from service.schema import Generation, Sign, WebhookState, generation
-from service.settings import Settings
-from worker.contract import LOCAL, Record
-from worker.records import now
-
-_HOUR_S = 3600
+from service.schema import Generation, WebhookState, generation
 
 
 @dataclass(frozen=True)
@@ -51,16 +45,3 @@ ViewerDep = Annotated[Viewer, Depends(viewer_of)]
 def answer(view: BaseModel, status: int = 200, headers: dict[str, str] | None = None) -> Response:
     """A view as it goes out: it is ours, so it is not checked again on its way."""
     return Response(view.model_dump_json(), status, headers, media_type="application/json")
-
-
-def signer(secret: bytes, settings: Settings) -> Sign:
-    """Signs links to files, so that they work without a key: for LINK_HOURS, or until the file is removed."""
-
-    def sign(path: str, record: Record) -> str:
-        if record.owner == LOCAL and not settings.needs_key:
-            return ""
-        # The same link for an hour, so that a browser finds in its cache what it has had.
-        until = _HOUR_S * math.ceil(now() / _HOUR_S + settings.link_hours)
-        return links.sign(secret, path, min(until, math.floor(record.expires_at)), record.owner)
-
-    return sign

@@ -31,11 +31,12 @@ from standardwebhooks import Webhook
 from service.auth import new_webhook_secret
 from service.errors import ApiError
 from service.guard import Blocked, check_url, guarded_client
-from service.links import link_secret
+from service.links import link_secret, signer
 from service.schema import DeadWebhook, WebhookState, generation
 from service.settings import Settings
 from worker import logs
 from worker.contract import (
+    COURIER_KEY,
     LOCAL,
     METRICS_KEY,
     WEBHOOK_SECRET_KEY,
@@ -60,6 +61,7 @@ PER_HOST = 2
 """Deliveries to one receiver at once, so that one that is dead or slow delays nobody else."""
 MAX_URL = 2000
 _MAX_RETRY_AFTER_S = 3600
+_ALIVE_S = 30
 _PAUSE_S = 1
 """After Redis has failed for longer than its client tries again."""
 
@@ -244,6 +246,7 @@ class Courier:
         self._tasks: set[asyncio.Task[None]] = set()
         self._wake = asyncio.Event()
         self._stopping = False
+        self._seen_at = 0.0
 
     def stop(self) -> None:
         """Claim nothing more; ``run`` returns when what is under way is done."""
@@ -276,6 +279,9 @@ class Courier:
             return False
         moment = now()
         lease_end = moment + self._lease_s
+        if moment > self._seen_at + _ALIVE_S / 3:
+            await self._redis.set(COURIER_KEY, "1", ex=_ALIVE_S)
+            self._seen_at = moment
         under_way = [part for pair in self._busy.items() for part in pair]
         answer = await self._claim(keys=[WEBHOOKS_DUE_KEY], args=[moment, lease_end, free, PER_HOST, *under_way])
         more, *claimed = cast(list[Any], answer)
@@ -421,8 +427,6 @@ def main() -> int:
 
 def _view(settings: Settings) -> Callable[[Record], dict[str, Any]]:
     """What a job's owner sees of it, with links that begin as no request can tell: PUBLIC_URL."""
-    from service.viewing import signer  # which in turn asks this module how far a delivery is
-
     redis = connect(settings.redis_url)
     sign = signer(link_secret(redis), settings)
     redis.close()

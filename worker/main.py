@@ -16,7 +16,7 @@ from worker.pipeline import Options, VideoPipeline
 from worker.queues import unique_name
 from worker.records import Records, connect, now, publish_models
 from worker.settings import Settings, read
-from worker.storage import Storage
+from worker.storage import Storage, StorageError
 
 log = logging.getLogger("worker")
 
@@ -27,6 +27,12 @@ def main() -> int:
     logs.configure("worker", settings.log_level, settings.log_format)
     tracing.configure("worker")
 
+    storage = Storage(settings.storage_url)
+    try:
+        storage.check()
+    except StorageError as error:
+        sys.stderr.write(f"error: {error}\n")
+        return 2
     name = unique_name("worker")
     redis = connect(settings.redis_url)
     started = now()
@@ -49,7 +55,7 @@ def main() -> int:
         pulse.end()
         return 2
 
-    jobs.install(jobs.Runtime(name, pipelines, Records(redis, Record), Storage(settings.storage_url)))
+    jobs.install(jobs.Runtime(name, pipelines, Records(redis, Record), storage))
     publish_models(redis, [pipeline.model_card for pipeline in pipelines.values()])
     first = next(iter(pipelines.values()))
     pulse.show(

@@ -97,7 +97,9 @@ def test_only_the_service_is_reached_from_outside_and_only_from_this_machine() -
         "service": ["127.0.0.1:${PORT:-8000}:8000"]
     }
     assert COMPOSE["networks"]["internal"]["internal"] is True
-    assert [name for name, service in SERVICES.items() if "edge" in service.get("networks", [])] == ["service"]
+    # The courier is reached by nobody, and reaches whoever wants to be told.
+    outside = [name for name, service in SERVICES.items() if "edge" in service.get("networks", [])]
+    assert outside == ["service", "courier"]
 
 
 def test_redis_is_a_pinned_release_without_known_holes() -> None:
@@ -175,7 +177,8 @@ class Containers:
         """The image's, then compose's; a key without a value is handed through when it is set, which it is not here."""
         service = SERVICES[name]
         values = image_environment(service["build"]["target"]) if "build" in service else {}
-        values |= {key: value for key, value in service.get("environment", {}).items() if value is not None}
+        given = {key: value for key, value in service.get("environment", {}).items() if value is not None}
+        values |= {key: re.sub(r"\$\{\w+:-(.*)\}", r"\1", value) for key, value in given.items()}
         path = os.pathsep.join([str(self.folder / "bin"), str(Path(sys.executable).parent), os.environ["PATH"]])
         here = {"PATH": path, "HOME": str(self.folder), "HOST": "127.0.0.1", "PORT": str(self.port)}
         return {key: self.translate(value) for key, value in values.items()} | here
@@ -209,9 +212,11 @@ def containers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Containers]
         started.start("redis")
         wait_for(lambda: started.is_healthy("redis"), 20, "redis")
         started.start("service")
+        started.start("courier")
         started.start("worker")
         started.start("trainer")
         wait_for(lambda: started.is_healthy("service"), 60, "service")
+        wait_for(lambda: started.is_healthy("courier"), 60, "courier")
         wait_for(lambda: started.is_healthy("worker"), 120, "worker")
         wait_for(lambda: started.is_healthy("trainer"), 60, "trainer")
         yield started
@@ -221,7 +226,7 @@ def containers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Containers]
 
 
 def test_every_command_becomes_healthy_and_the_stack_ready(containers: Containers) -> None:
-    assert all(containers.is_healthy(name) for name in ("redis", "service", "worker", "trainer"))
+    assert all(containers.is_healthy(name) for name in ("redis", "service", "courier", "worker", "trainer"))
     assert httpx.get(f"http://127.0.0.1:{containers.port}/readyz").json()["status"] == "ready"
 
 
@@ -247,7 +252,7 @@ def test_redis_asks_for_the_password_and_forgets_nothing(containers: Containers)
 
 
 def test_every_command_ends_on_sigterm(containers: Containers) -> None:
-    for name in ("service", "trainer", "worker", "redis"):
+    for name in ("service", "courier", "trainer", "worker", "redis"):
         process = containers.processes[name]
         process.send_signal(signal.SIGTERM)
         assert process.wait(int(SERVICES[name]["stop_grace_period"].removesuffix("s"))) in (0, -signal.SIGTERM), name

@@ -1,0 +1,31 @@
+// Small things that every part of the page uses.
+
+export const $ = (id) => document.getElementById(id);
+
+export const lessMotion = matchMedia("(prefers-reduced-motion: reduce)");
+
+/** An element with properties; keys with a dash and `role` become attributes. */
+export function el(tag, properties = {}, ...children) {
+  const node = document.createElement(tag);
+  for (const [key, value] of Object.entries(properties)) {
+    if (key.includes("-") || key === "role") node.setAttribute(key, value);
+    else node[key] = value;
+  }
+  node.append(...children);
+  return node;
+}
+
+/** Only where it differs: a text that is set anew loses its selection, and is read out again where it is live. */
+export function setText(node, text) {
+  if (node.textContent !== text) node.textContent = text;
+}
+
+/** Told to screen readers; only whole events, never each percent. */
+export const say = (text) => setText($("status"), text);
+
+/** A measured duration. */
+export const seconds = (value) => `${value < 10 ? value.toFixed(2) : value.toFixed(1)} s`;
+
+/** One `dt`, `dd` pair of a list of facts. */
+export const fact = (name, value, className = "") =>
+  el("div", { className }, el("dt", {}, name), el("dd", {}, String(value)));
