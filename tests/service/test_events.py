@@ -102,3 +102,27 @@ def test_while_nothing_happens_nothing_is_asked(records, record, redis_server):
             return asked
 
     assert asyncio.run(idle()) <= 3  # our own question among them
+
+
+def test_who_reads_slowly_is_caught_up_and_nothing_is_kept_for_them(records, record, redis_server):
+    """400 changes while they look away: the stream keeps the last 256 or so, in Redis."""
+
+    async def slowly() -> list[tuple[Status, float]]:
+        async with following(redis_server.url) as needed:
+            stream = follow(*needed, record.id)
+            seen = [(await anext(stream))[1]]
+
+            def work() -> None:
+                running = records.change(record, (Status.QUEUED,), status=Status.RUNNING, attempt=1)
+                for number in range(400):
+                    running = records.change(running, (Status.RUNNING,), progress=number / 400)
+                records.change(running, (Status.RUNNING,), status=Status.SUCCEEDED, progress=1.0)
+
+            await asyncio.to_thread(work)
+            seen += [state async for _, state in stream]
+            return [(state.record.status, state.record.progress) for state in seen]
+
+    seen = asyncio.run(slowly())
+    assert len(seen) < 400
+    assert seen[-1] == (Status.SUCCEEDED, 1.0)
+    assert seen == sorted(seen, key=lambda state: state[1])
