@@ -9,7 +9,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 TORCH := $(shell grep '^torch==' constraints.txt)
 
 .DEFAULT_GOAL := help
-.PHONY: help up down dev logs test test-all check bench chromium
+.PHONY: help up down dev logs test test-all check fuzz bench chromium
 
 help: ## Show this
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' Makefile
@@ -38,8 +38,12 @@ check: $(VENV)/.testing ## Format, lint, types, import rules
 	$(BIN)/python -m mypy
 	$(BIN)/lint-imports --no-logo
 
-bench: $(VENV)/.testing up ## Time requests to the running stack and the same without it, and our engine beside stock diffusers
+fuzz: $(VENV)/.testing ## Send thousands of generated requests to every route (FUZZ_CASES=5000)
+	FUZZ_CASES=$${FUZZ_CASES:-5000} $(BIN)/python -m pytest tests/service/test_fuzz.py $(ARGS)
+
+bench: $(VENV)/.testing up ## Time our engine beside stock diffusers, requests to the running stack, and the service under load
 	$(BIN)/python -m benchmarks.engines
+	$(BIN)/python -m benchmarks.service
 	$(BIN)/python -m benchmarks.serving --url "$$($(BIN)/python deploy/stack.py url)" $(ARGS)
 
 # --- installation: a stamp in .venv for each set of packages, renewed when their versions change ----------------------
