@@ -10,6 +10,8 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -101,6 +103,13 @@ def _answers(client: redis.Redis) -> bool:
         return False
 
 
+def _is_alive(url: str) -> bool:
+    try:
+        return httpx.get(f"{url}/livez", timeout=5).status_code == 200
+    except httpx.TransportError:
+        return False
+
+
 def wait_for(condition, seconds: float, what: str) -> None:
     """Poll until ``condition()`` is true; a failure says what was waited for."""
     deadline = time.monotonic() + seconds
@@ -163,6 +172,22 @@ class Stack:
                 return False
 
         wait_for(ready, seconds, "the stack to be ready")
+
+    @contextmanager
+    def second_service(self, **settings: str) -> Iterator[str]:
+        """Another service on the same Redis, worker and storage, with settings of its own; its address."""
+        port = free_port()
+        with (self.folder / "second.log").open("ab") as log:
+            environment = {**self.environment, "PORT": str(port), **settings}
+            command = [sys.executable, "-m", "service"]
+            process = subprocess.Popen(command, cwd=self.root, env=environment, stdout=log, stderr=log)
+        url = f"http://127.0.0.1:{port}"
+        try:
+            wait_for(lambda: process.poll() is not None or _is_alive(url), 30, "the second service")
+            assert process.poll() is None, (self.folder / "second.log").read_text()
+            yield url
+        finally:
+            stop(process)
 
     def log(self, module: str) -> str:
         """The end of what a process has said."""
