@@ -121,6 +121,10 @@ def up(stack: Stack) -> None:
         raise
     print(f"already up: {url}" if running else f"up: {url}", "is the playground. From a shell:")
     print(f"  {CURL.format(url=url)}\n`make logs` follows the log, `make down` stops it all.")
+    if found := re.search(r"\bfl_[0-9a-z]{8}_[\w-]{43}\b", _read(stack.log, log_start)):
+        print(
+            f"It needs API keys: curl takes `-H 'Authorization: Bearer KEY'`. The first, said this once:\n  {found[0]}"
+        )
     if running and url != _url(stack.host, stack.port):
         print(f"It stays at {url}; to move it to port {stack.port}: `make down`, then `PORT={stack.port} make up`.")
 

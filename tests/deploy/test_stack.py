@@ -12,6 +12,7 @@ import sys
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -55,14 +56,18 @@ def find(environment: dict[str, str], words: str) -> psutil.Process:
     return process
 
 
-def get(environment: dict[str, str], path: str) -> dict[str, object]:
-    with urllib.request.urlopen(f"http://127.0.0.1:{environment['PORT']}{path}", timeout=5) as response:
+def get(environment: dict[str, str], path: str, key: str = "") -> dict[str, Any]:
+    request = urllib.request.Request(f"http://127.0.0.1:{environment['PORT']}{path}", headers={"X-API-Key": key})
+    with urllib.request.urlopen(request, timeout=5) as response:
         return json.load(response)
 
 
 def test_it_comes_up_survives_a_killed_worker_and_goes_down(environment: dict[str, str]) -> None:
+    environment["AUTH"] = "on"
     up = command("up", environment)
     assert up.returncode == 0, up.stdout + up.stderr
+    key = up.stdout.split()[-1]  # of whoever has just started it, and will not find it again
+    assert [model["name"] for model in get(environment, "/models", key)["data"]] == ["shapes-4step", "shapes-teacher"]
     assert f"up: http://127.0.0.1:{environment['PORT']} " in up.stdout
     assert get(environment, "/readyz")["status"] == "ready"
 
@@ -91,6 +96,7 @@ def test_it_comes_up_survives_a_killed_worker_and_goes_down(environment: dict[st
 
 
 def test_dev_clears_up_after_a_killed_supervisor_and_ends_with_ctrl_c(environment: dict[str, str]) -> None:
+    environment["MODEL"] = "shapes-4step"  # one is enough here
     with start_dev(environment) as dev:
         find(environment, "supervisor.supervisord").kill()
         dev.communicate(timeout=20)
