@@ -105,7 +105,7 @@ def create_app(settings: Settings) -> FastAPI:
             allow_origins=settings.cors_origins,
             allow_methods=["GET", "HEAD", "POST", "DELETE"],
             allow_headers=["Authorization", "Content-Type", "Idempotency-Key", "Last-Event-ID", "Prefer"],
-            expose_headers=["Location", "Retry-After", "X-Request-Id"],
+            expose_headers=["Location", "Retry-After", "X-Request-Id", "openai-poll-after-ms"],
         )
     app.add_middleware(RequestId)
     app.add_middleware(metrics.HttpMetrics, metrics=app.state.metrics)

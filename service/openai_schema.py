@@ -258,7 +258,7 @@ def fields_of(values: dict[str, Any]) -> GenerateFields:
         return GenerateFields.model_validate(given)
     except ValidationError as error:
         first = error.errors()[0]
-        name = ".".join(str(part) for part in first["loc"])
+        name = ".".join(str(part) for part in first["loc"])[:64]  # of metadata it has the client's own key
         raise ApiError(422, "invalid_field", f"{name}: {first['msg']}", param=name) from None
 
 

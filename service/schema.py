@@ -22,7 +22,9 @@ def _is_short(metadata: dict[str, str]) -> dict[str, str]:
 
 
 MAX_METADATA = 1024
-Metadata = Annotated[dict[str, str], AfterValidator(_is_short)]
+# A limit also has pydantic refuse lone surrogates, which JSON can say and nothing can write.
+Text = Annotated[str, Field(max_length=4096)]
+Metadata = Annotated[dict[Text, Text], AfterValidator(_is_short)]
 
 
 class GenerateFields(BaseModel):
@@ -32,15 +34,18 @@ class GenerateFields(BaseModel):
 
     prompt: Annotated[str, Field(max_length=2000, description="What should happen; see the model's prompt help")]
     seed: Seed | None = Field(default=None, description="Of the starting noise; drawn at random when absent")
-    model: str | None = Field(default=None, description="Name of the model; there is one active at a time")
+    model: Text | None = Field(default=None, description="One of `/models`; its first when absent")
     steps: int | None = Field(default=None, description="Only the model's own number of steps is possible")
-    webhook_url: str | None = Field(default=None, description="Is sent a signed message when the job is over")
+    webhook_url: Text | None = Field(default=None, description="Is sent a signed message when the job is over")
     metadata: Metadata | None = Field(default=None, description="Texts of your own, at most 1 KiB; handed back as sent")
 
     @field_validator("metadata", mode="before")
     @classmethod
     def _from_form(cls, value: object) -> object:
-        return json.loads(value) if isinstance(value, str) and value.startswith("{") else value
+        try:
+            return json.loads(value) if isinstance(value, str) and value.startswith("{") else value
+        except RecursionError:
+            raise ValueError("is nested too deeply; wanted an object of texts") from None
 
 
 class DistillationFields(BaseModel):

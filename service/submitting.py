@@ -24,6 +24,7 @@ from worker.contract import Record
 _STOP_S = 15
 """How long a DELETE waits for a running job's next step."""
 _FETCH_S = 15
+_MAX_URL = 2000
 _MOST_SECONDS = 7 * 24 * 3600
 _NUMBER = re.compile(r"\d{1,9}(\.\d{1,6})?")
 
@@ -45,6 +46,9 @@ def image_of(text: str, context: Context) -> Image:
     if not context.settings.url_images:
         message = "image: got a URL, and this service fetches none (URL_IMAGES is off); send the file or a data URL"
         raise ApiError(422, "image_url_off", message, param="image")
+    if not text.isascii() or len(text) > _MAX_URL:
+        message = f"image: wanted a URL of at most {_MAX_URL} ASCII characters; encode the others (%C3%A9)"
+        raise ApiError(422, "image_url_failed", message, param="image")
     return ImageUrl(text)
 
 

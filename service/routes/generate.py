@@ -234,7 +234,7 @@ def _fields(values: dict[str, Any]) -> GenerateFields:
         return GenerateFields.model_validate(values)
     except ValidationError as error:
         first = error.errors()[0]
-        name = ".".join(str(part) for part in first["loc"])
+        name = ".".join(str(part) for part in first["loc"])[:64]
         known = ", ".join(["image", *GenerateFields.model_fields])
         hint = f"there is no such field; there are {known}" if first["type"] == "extra_forbidden" else first["msg"]
         raise ApiError(422, "invalid_field", f"{name}: {hint}", param=name) from None

@@ -22,7 +22,8 @@ _AT_MOST_S = 3600
 _CHALLENGE = {"WWW-Authenticate": 'Bearer realm="fastlightgen"'}
 
 
-@router.api_route("/videos/{job_id}.{suffix}", methods=["GET", "HEAD"], response_class=FileResponse)
+@router.head("/videos/{job_id}.{suffix}", include_in_schema=False)
+@router.get("/videos/{job_id}.{suffix}", response_class=FileResponse)
 def result(
     job_id: JobIdDep, suffix: str, request: Request, context: ContextDep, principal: OptionalPrincipalDep
 ) -> Response:

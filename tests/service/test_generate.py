@@ -275,6 +275,13 @@ def everything(stack) -> tuple[set[str], set[str]]:
         ({"seed": "lucky"}, 422, "seed", "valid integer"),
         ({"steps": "5"}, 422, "steps", "got 5; shapes-4step was made for"),
         ({"model": "other"}, 422, "model", "got 'other'; the models that can be asked for are 'shapes-4step'"),
+        ({"metadata": "{" + '"a":{' * 50_000}, 422, "metadata", "nested too deeply"),
+        ({"metadata": '{"a": "\\ud800"}'}, 422, "metadata.a", "unicode"),
+        ({"metadata": '{"a": 1}'}, 422, "metadata.a", "valid string"),
+        ({"metadata": '{"a": "' + 1100 * "x" + '"}'}, 422, "metadata", "1024 may be"),
+        ({"webhook_url": "http://example.org/x"}, 422, "webhook_url", "https"),
+        ({"webhook_url": "https://127.0.0.1/x"}, 422, "webhook_url", "public"),
+        ({"k" * 500: "red"}, 422, "k" * 64, "there is no such field"),
         ({"colour": "red"}, 422, "colour", "there is no such field; there are image, prompt, seed, model, steps"),
     ],
 )
