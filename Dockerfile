@@ -17,12 +17,12 @@ COPY service service
 COPY worker worker
 COPY distill distill
 RUN --mount=type=cache,target=/root/.cache/pip \
-    HOME=/root pip install --constraint constraints.txt --editable '.[service]'
+    HOME=/root pip install --constraint constraints.txt --editable '.[service,s3,otel]'
 
 FROM build AS build-worker
 ARG TORCH_INDEX_URL=https://download.pytorch.org/whl/cpu
 # With a GPU also "gpu", TensorRT.
-ARG EXTRAS=worker
+ARG EXTRAS=worker,s3,otel
 RUN --mount=type=cache,target=/root/.cache/pip \
     HOME=/root pip install ${TORCH_INDEX_URL:+--no-deps --index-url "$TORCH_INDEX_URL"} \
     --constraint constraints.txt "$(grep '^torch==' constraints.txt)"

@@ -17,6 +17,7 @@ import os
 import platform
 import random
 import re
+import shutil
 import signal
 import socket
 import statistics
@@ -46,6 +47,8 @@ WORKER = "benchmarks.timed_worker"
 # What is measured is not how soon the service refuses. 0 is no limit of a key.
 LIMITS = {"MAX_QUEUED": "1000000", "MAX_WAIT_S": "1e9", "KEY_MAX_JOBS": "0", "KEY_PER_MINUTE": "0"}
 FOR_EVER_S = 3600.0
+CLIENTS = 32
+POLL_S = 0.5
 
 
 @dataclass(frozen=True)
@@ -62,7 +65,7 @@ class Plan:
     window_s: float = 10.0
     """The CPU of the streams is taken in as many windows as there are rounds."""
     queued: int = 10_000
-    deep_s: float = 5.0
+    deep_s: float = 3.0
     singles: int = 100
     single_s: float = 0.05
     jobs: int = 20_000
@@ -609,9 +612,10 @@ def memory(plan: Plan) -> Part:
     sizes = ", ".join(f"`{key.replace(kept_id, '{id}')}` {size:,}" for key, size in sorted(kept.items()))
     return Part(
         "Memory",
-        f"{plan.jobs:,} jobs whose model takes no time, 8 at a time (`Prefer: wait`), each read once more, every "
-        f"second one deleted, the others left until they expire (in a week). No ffmpeg, which is a process of its own. "
-        f"One round. Bytes in Redis of a job that is kept: {sizes}.",
+        f"{plan.jobs:,} jobs whose model takes no time, {CLIENTS} at a time. Nine of ten bring a small picture and are "
+        f"read every {1000 * POLL_S:.0f} ms until they are over, the tenth a photograph, with `Prefer: wait`. Every "
+        f"second one is deleted, the others are left until they expire (in a week). No ffmpeg, which is a process of "
+        f"its own. One round. Bytes in Redis of a job that is kept: {sizes}.",
         [
             Figure(f"service, from {base:,} to {plan.jobs:,}", "MB", grown("service"), "flat"),
             Figure(f"worker, from {base:,} to {plan.jobs:,}", "MB", grown("worker"), "flat"),
@@ -624,7 +628,7 @@ def memory(plan: Plan) -> Part:
 
 async def _lives(stack: Stack, number: int, marks: list[int]) -> tuple[dict[int, dict[str, float]], str]:
     """Let so many jobs be asked for, made and read; megabytes at each mark, and a job that was kept."""
-    request = post(photo(), "Prefer: wait=60")
+    waiting, polling = post(photo(), "Prefer: wait=60"), post(_small())
     numbers, over, kept = iter(range(number)), 0, ""
     samples: dict[int, dict[str, float]] = {}
 
@@ -632,10 +636,12 @@ async def _lives(stack: Stack, number: int, marks: list[int]) -> tuple[dict[int,
         nonlocal over, kept
         connection = await Connection.open(stack.port)
         for i in numbers:
-            job = json.loads(await connection.ask(request))
-            if job["status"] != "succeeded":
-                raise SystemExit(f"error: {job['id']} is {job['status']}: {job['error']}")
-            await connection.ask(get(f"/generate/{job['id']}"))
+            job = json.loads(await connection.ask(polling if i % 10 else waiting))
+            while job["status"] != "succeeded":
+                if job["status"] not in ("queued", "running"):
+                    raise SystemExit(f"error: {job['id']} is {job['status']}: {job['error']}")
+                await asyncio.sleep(POLL_S)
+                job = json.loads(await connection.ask(get(f"/generate/{job['id']}")))
             if i % 2:
                 await connection.ask(get(f"/generate/{job['id']}", "DELETE"))
             else:
@@ -647,9 +653,15 @@ async def _lives(stack: Stack, number: int, marks: list[int]) -> tuple[dict[int,
         connection.close()
 
     async with asyncio.TaskGroup() as group:
-        for _ in range(8):
+        for _ in range(CLIENTS):
             group.create_task(live())
     return samples, kept
+
+
+def _small() -> bytes:
+    buffer = io.BytesIO()
+    Image.new("RGB", (VIDEO.width, VIDEO.height), "red").save(buffer, "PNG")
+    return buffer.getvalue()
 
 
 def _megabytes(stack: Stack) -> dict[str, float]:
@@ -739,6 +751,8 @@ def main() -> int:
     names = options.only.split(",")
     if unknown := set(names) - set(PARTS):
         parser.error(f"--only: there is no part {', '.join(sorted(unknown))}; there are {', '.join(PARTS)}")
+    if options.profile and not shutil.which("py-spy"):
+        parser.error("--profile: there is no py-spy; pip install py-spy")
     plan = replace(QUICK if options.quick else Plan(), profile=options.profile)
     plan = replace(plan, jobs=options.jobs or plan.jobs)
     load, began, parts = os.getloadavg()[0], time.monotonic(), []

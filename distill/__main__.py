@@ -1,6 +1,7 @@
 """`python -m distill`: teach a teacher, distil a student from one, evaluate a model folder.
 
-Exit codes: 0 done, 2 a user's error (one line says what), 75 interrupted and resumable by the same command.
+Exit codes: 0 done, 2 a user's error (one line says what), 3 refused by the gate, 75 interrupted and resumable by the
+same command.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from pathlib import Path
 from distill import recipes
 from distill.config import Config, ConfigError, override
 
+REFUSED = 3
 RESUMABLE = 75
 
 # Before torch is imported: threads that spin while they wait halve the speed as soon as anything else runs.
@@ -64,6 +66,18 @@ def main(arguments: list[str] | None = None) -> int:
     evaluate.add_argument(
         "--store-best", action="store_true", help="write the setting with the best score into the card (dev only)"
     )
+    gate = commands.add_parser("gate", help="decide whether a new student may replace the active one")
+    gate.add_argument("folder", type=Path, metavar="NEW", help="the new student's folder")
+    gate.add_argument("--against", type=Path, required=True, metavar="ACTIVE", help="the folder that is served now")
+    gate.add_argument("--teacher", type=Path, required=True, help="the new student's teacher")
+    gate.add_argument("--recipe", default="shapes", help=f"whose limits: one of {', '.join(recipes.RECIPES)} (shapes)")
+    gate.add_argument("--out", type=Path, help="where the report goes (var/gates/NAME)")
+    gate.add_argument(
+        "--set", action="append", default=[], metavar="gate.A=C", help="change one limit; preset=smoke: three clips"
+    )
+    gate.add_argument(
+        "--catch-table", action="store_true", help="spoil NEW's clips in every known way; print what is refused by what"
+    )
     features = commands.add_parser("features", help="train the small classifier whose features fvd_shapes compares")
     features.add_argument("folder", type=Path)
     features.add_argument("--set", action="append", default=[], metavar="A.B=C", help="change one setting")
@@ -74,6 +88,8 @@ def main(arguments: list[str] | None = None) -> int:
         return _examples(options.folder)
     if options.command == "evaluate":
         return _evaluate(options)
+    if options.command == "gate":
+        return _gate(options)
     if options.command == "publish":
         return _publish(options)
     try:
@@ -154,6 +170,32 @@ def _evaluate(options: argparse.Namespace) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0
+
+
+def _gate(options: argparse.Namespace) -> int:
+    try:
+        config = recipes.load_gate(options.recipe, options.set)
+    except ConfigError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    from distill import gate
+    from distill.student import FolderError
+
+    def say(line: str) -> None:
+        print(line, file=sys.stderr, flush=True)
+
+    try:
+        if options.catch_table:
+            verdicts = gate.failures(gate.Trial(options.folder, options.against, options.teacher, config, say))
+            print(gate.catch_table(verdicts))
+            return 0 if gate.all_caught(verdicts) else REFUSED
+        out = options.out or Path("var/gates") / options.folder.resolve().name
+        verdict = gate.gate(options.folder, options.against, options.teacher, out, config, say)
+    except (ConfigError, FolderError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print((out / "gate.md").read_text())
+    return 0 if verdict.passed else REFUSED
 
 
 def _examples(folder: Path) -> int:

@@ -252,6 +252,76 @@ class StudentConfig(Config):
     shift_terminal: float = Field(gt=0, lt=1, description="the last noise level before 0")
 
 
+class GroundTruthLimits(Config):
+    """How much worse than the active student's clips a new one's may be, where the world can be fitted to them.
+
+    Of the mean over clips of the paired differences in a metric of `distill.metrics`.
+    """
+
+    score: float = Field(default=0.03, gt=0, description="mean of all scored metrics; hides a single one that is lost")
+    prompt_following: float = Field(default=0.1, gt=0, description="share of what the caption fixes that is done")
+    motion_amount: float = Field(default=0.1, gt=0, description="nearness of the amount of motion to what is asked for")
+    subject_consistency: float = Field(default=0.1, gt=0, description="colour and outline of the shape")
+    background_consistency: float = Field(default=0.05, gt=0, description="colours of the background")
+    imaging_quality: float = Field(default=0.1, gt=0, description="sharpness without noise, colours in range")
+    trajectory_error_px: float = Field(default=1.0, gt=0, description="may be larger by so much (closed captions)")
+
+
+class ReferenceLimits(Config):
+    """What a new student's clips may be beside the teacher's of the same image, prompt and seed (any model).
+
+    Pairs are the least and the largest ratio, of which the geometric mean over clips is held against; the others are
+    how much worse the mean difference may be.
+    """
+
+    motion: tuple[float, float] = Field(default=(0.7, 1.4), description="optical flow: static below, exaggerated above")
+    flicker: tuple[float, float] = Field(default=(0.4, 1.6), description="of the colours of 8 x 8 cells over time")
+    sharpness: tuple[float, float] = Field(default=(0.6, 2.0), description="blurred or flat below, noisy above")
+    saturation: tuple[float, float] = Field(default=(0.85, 1.18), description="washed out below, over-saturated above")
+    first_frame_ssim: float = Field(default=0.05, gt=0, description="the given image's likeness may be lower by this")
+    colour_drift: float = Field(default=0.03, gt=0, description="colours may go so much further from the given image's")
+    dead_frames: float = Field(default=0.02, gt=0, description="share of frames black or of one colour beyond its own")
+    other_motion: float = Field(
+        default=0.7, gt=0, lt=1, description="0: the same flow, 1: none in common; above, the prompt is not heard"
+    )
+    broken_clips: float = Field(default=0.1, gt=0, description="share of clips that are nothing like the teacher's")
+
+    @model_validator(mode="after")
+    def _one_is_allowed(self) -> Self:
+        for name in ("motion", "flicker", "sharpness", "saturation"):
+            low, high = getattr(self, name)
+            if not 0 < low < 1 < high:
+                raise ValueError(f"{name}: a ratio of 1 has to lie between the two; got {low:g} and {high:g}")
+        return self
+
+
+class GateConfig(Config):
+    """Whether a new student may replace the active one (`distill.gate`).
+
+    A limit refuses when its whole 95 % interval lies beyond it, or the mean lies ``far`` times as far off as allowed.
+    """
+
+    clips_from: str = Field(
+        default="shapes-1",
+        description="shapes-1: fixed clips of the world `shapes`; else a folder of images, each with a .txt of the "
+        "same name that holds its prompt (the reference form alone)",
+    )
+    clips: int = Field(default=24, ge=2, description="that the world is fitted to; every other one closed")
+    reference_clips: int = Field(default=16, ge=2, description="that the teacher makes too: the first of them")
+    seed: int = Field(default=0, ge=0, description="of the noise, the same for every model")
+    far: float = Field(default=2.0, ge=1, description="a mean so many margins off refuses, however wide its interval")
+    ground_truth: GroundTruthLimits = GroundTruthLimits()
+    reference: ReferenceLimits = ReferenceLimits()
+
+    @model_validator(mode="after")
+    def _reference_is_a_part(self) -> Self:
+        if self.reference_clips > self.clips:
+            raise ValueError(
+                f"reference_clips={self.reference_clips} are the first of clips={self.clips}: give no more"
+            )
+        return self
+
+
 class DistillConfig(Config):
     """A student from a teacher (`distill.run`)."""
 
@@ -271,6 +341,7 @@ class DistillConfig(Config):
     importance: ImportanceConfig
     pruning: PruningConfig
     matching: MatchingConfig
+    gate: GateConfig = GateConfig()
 
 
 def _in_order(names: str, ends: tuple[float, float]) -> None:

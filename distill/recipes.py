@@ -13,6 +13,7 @@ from distill.config import (
     FeaturesConfig,
     FitConfig,
     GanConfig,
+    GateConfig,
     ImportanceConfig,
     LimitsConfig,
     MatchingConfig,
@@ -186,7 +187,7 @@ PRESETS = {
         "pruning.fit.batch=4", "pruning.fit.log_every=1", "pruning.fit.checkpoint_every=2",
         "pruning.fit.sample_every=4", "matching.fit.steps=3", "matching.fit.batch=2", "matching.fit.log_every=1",
         "matching.fit.checkpoint_every=1", "matching.fit.sample_every=3", "matching.critic.updates=2", "watched=2",
-        *_ANYTHING_GOES,
+        "gate.clips=3", "gate.reference_clips=3", "gate.far=4", *_ANYTHING_GOES,
     ],
 }  # fmt: skip
 """How much of a recipe to run: what each changes of it."""
@@ -206,6 +207,17 @@ def load(name: str, assignments: list[str]) -> DistillConfig:
     if presets[-1] not in PRESETS:
         raise ConfigError(f"no preset {presets[-1]!r}; there are: {', '.join(PRESETS)}")
     return override(RECIPES[name](), [*PRESETS[presets[-1]], f"preset={presets[-1]}", *assignments])
+
+
+def load_gate(name: str, assignments: list[str]) -> GateConfig:
+    """The section `gate` of a recipe, changed as ``load`` changes it.
+
+    Raises:
+        ConfigError: no such recipe, preset or setting, or a setting of another section.
+    """
+    if others := [text for text in assignments if not text.startswith(("gate.", "preset="))]:
+        raise ConfigError(f"--set {others[0]}: the gate has settings gate.* and preset= only")
+    return load(name, assignments).gate
 
 
 TEACHERS = {"shapes": teach_shapes}

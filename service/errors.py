@@ -14,6 +14,9 @@ from starlette.exceptions import HTTPException
 
 _TYPES = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 429: "rate_limit_error"}
 
+_MAX_MESSAGE = 2000
+_MAX_PARAM = 200
+
 log = logging.getLogger(__name__)
 
 
@@ -44,7 +47,19 @@ def body(status: int, code: str, message: str, param: str | None = None) -> dict
     """The envelope as a dictionary."""
     kind = "invalid_request_error" if status < 500 else "server_error"
     kind = _TYPES.get(status, kind)
-    return {"error": {"message": message, "type": kind, "param": param, "code": code}}
+    param = None if param is None else _sayable(param, _MAX_PARAM)
+    return {"error": {"message": _sayable(message, _MAX_MESSAGE), "type": kind, "param": param, "code": code}}
+
+
+def code_of(status: int) -> str:
+    """Of an error that we have no word of our own for."""
+    return HTTPStatus(status).phrase.lower().replace(" ", "_")
+
+
+def _sayable(text: str, most: int) -> str:
+    """Text in which a client's own may be: JSON can say lone surrogates, and no answer can be written with them."""
+    text = text if len(text) <= most else f"{text[:most]}..."
+    return text.encode("utf-8", "replace").decode()
 
 
 def install(app: FastAPI) -> None:
@@ -56,15 +71,30 @@ def install(app: FastAPI) -> None:
 
     @app.exception_handler(HTTPException)
     async def _http(_request: Request, error: HTTPException) -> JSONResponse:
-        code = HTTPStatus(error.status_code).phrase.lower().replace(" ", "_")
+        if error.status_code == 400 and isinstance(error.__cause__, ValueError | RecursionError):
+            # FastAPI, of JSON with numbers or brackets beyond what Python reads, or not in UTF-8.
+            return JSONResponse(body(422, "bad_json", "the body is not JSON that can be read"), 422)
         headers = dict(error.headers) if error.headers else None
-        return JSONResponse(body(error.status_code, code, str(error.detail)), error.status_code, headers)
+        said = body(error.status_code, code_of(error.status_code), str(error.detail))
+        return JSONResponse(said, error.status_code, headers)
 
     @app.exception_handler(RequestValidationError)
     async def _validation(_request: Request, error: RequestValidationError) -> JSONResponse:
         first = error.errors()[0]  # place and reason only: the input may be an image or a secret
+        if first["type"] == "json_invalid":
+            message = f"the body is not JSON: {first['ctx']['error']} at character {first['loc'][-1]}"
+            return JSONResponse(body(422, "bad_json", message), 422)
         param = ".".join(str(part) for part in first["loc"][1:]) or None
         return JSONResponse(body(422, "invalid_field", f"{param or 'body'}: {first['msg']}", param), 422)
+
+    @app.exception_handler(OSError)
+    async def _storage(request: Request, error: OSError) -> JSONResponse:
+        # All that routes do with files is through the storage.
+        log.error("%s %s: storage: %s", request.method, request.url.path, error)
+        message = (
+            "the storage of videos cannot be reached; nothing was changed that you were not told of. Try again shortly"
+        )
+        return JSONResponse(body(503, "storage_unavailable", message), 503, {"Retry-After": "5"})
 
     @app.exception_handler(RedisError)
     async def _redis(_request: Request, error: RedisError) -> JSONResponse:

@@ -18,8 +18,14 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from service.errors import ApiError
 
 FORMATS = ("PNG", "JPEG", "WEBP")
+_PNG, _JPEG = b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff"
 MIN_SIDE = 16
 MAX_SIDE = 16_384
+
+_MAX_PARTS = 20_000
+"""Chunks of a PNG, segments of a JPEG: Pillow takes microseconds and bytes for each, and a few MB can be millions."""
+_MAX_SCANS = 500
+"""Of a JPEG, each a pass over all its pixels; cameras and tools make about ten."""
 
 _DECODING = threading.Semaphore(2)
 """A small file can hold a large picture: not every request thread may decode one at once."""
@@ -33,25 +39,27 @@ def clean(data: bytes, width: int, height: int, max_pixels: int) -> bytes:
     """
     if not data:
         raise ApiError(422, "image_empty", "the image is empty; send a PNG, JPEG or WEBP file", param="image")
+    _check_parts(data)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Pillow warns about sizes that are judged below, and about odd metadata
-            with Image.open(io.BytesIO(data), formats=FORMATS) as image, _DECODING:
+            with _DECODING, Image.open(io.BytesIO(data), formats=FORMATS) as image:
                 _check_header(image, max_pixels)
                 image.draft("RGB", (4 * width, 4 * height))  # a JPEG is decoded small at once; others ignore it
                 image.load()
                 return _fit(image, width, height)
     except ApiError:
         raise
-    except UnidentifiedImageError:
+    except UnidentifiedImageError as error:
+        if _is_one_of_ours(data):
+            raise _damaged(error) from None
         begins = data[:8].hex(" ")
         message = f"the image is not a PNG, JPEG or WEBP file (it begins with {begins}); convert it and send it again"
         raise ApiError(415, "image_format", message, param="image") from None
     except Image.DecompressionBombError:
-        raise _too_many_pixels("more than Pillow will open", max_pixels) from None
+        raise _too_many_pixels("hundreds of millions of pixels", max_pixels) from None
     except Exception as error:  # Pillow raises many kinds for files that are cut short or forged
-        message = f"the image cannot be decoded ({type(error).__name__}): the file is damaged or cut short"
-        raise ApiError(422, "image_damaged", message, param="image") from None
+        raise _damaged(error) from None
 
 
 def from_data_url(text: str) -> bytes:
@@ -64,6 +72,45 @@ def from_data_url(text: str) -> bytes:
         return base64.b64decode(payload, validate=True)
     except ValueError as error:  # binascii.Error, or letters that are not ASCII
         raise ApiError(422, "image_not_base64", f"image: the data URL is not base64 ({error})", param="image") from None
+
+
+def _is_one_of_ours(data: bytes) -> bool:
+    return data.startswith((_PNG, _JPEG)) or (data[:4] == b"RIFF" and data[8:12] == b"WEBP")
+
+
+def _damaged(error: Exception) -> ApiError:
+    message = (
+        f"the image cannot be decoded ({type(error).__name__}): the file is damaged or cut short, or holds too much "
+        "beside the picture; save it anew, without metadata"
+    )
+    return ApiError(422, "image_damaged", message, param="image")
+
+
+def _check_parts(data: bytes) -> None:
+    """Whether a file is of so few parts that it can be read at a bearable cost. Raises ``ApiError`` 422."""
+    parts = scans = 0
+    if data.startswith(_PNG):
+        place = len(_PNG)
+        while place < len(data) and data[place + 4 : place + 8] != b"IEND" and parts <= _MAX_PARTS:
+            parts += 1
+            place += 12 + int.from_bytes(data[place : place + 4], "big")
+    elif data.startswith(_JPEG):
+        place = 2
+        while place < len(data) and parts <= _MAX_PARTS:
+            parts += 1
+            marker = data[place + 1 : place + 2]
+            if data[place] != 0xFF or marker == b"\xff":
+                place += 1  # padding, of which each byte costs as much
+            elif marker == b"\xda":
+                scans = data.count(b"\xff\xda", place)
+                break
+            else:
+                place += 2 + int.from_bytes(data[place + 2 : place + 4], "big")
+    if parts > _MAX_PARTS or scans > _MAX_SCANS:
+        message = (
+            f"the image file is of more than {_MAX_PARTS} pieces or {_MAX_SCANS} scans; save it anew, without metadata"
+        )
+        raise ApiError(422, "image_too_complex", message, param="image")
 
 
 def _check_header(image: Image.Image, max_pixels: int) -> None:
@@ -85,12 +132,10 @@ def _too_many_pixels(got: str, max_pixels: int) -> ApiError:
 
 
 def _fit(image: Image.Image, width: int, height: int) -> bytes:
-    if image.mode.startswith("I"):  # 16 bits a pixel, which Pillow would cut off at 255
-        image = image.convert("I").point(lambda value: value * (1 / 256)).convert("L")
-    factor = min(image.width // (2 * width), image.height // (2 * height))
-    if factor > 1 and image.mode in ("L", "LA", "RGB", "RGBA", "CMYK"):
-        image = image.reduce(factor)  # before anything copies it at full size; what is left is still twice too large
-    upright = ImageOps.exif_transpose(image)
+    image = _reduced(image, 2 * width, 2 * height)
+    if image.mode == "I":  # 16 bits a pixel, which Pillow would cut off at 255
+        image = image.point(lambda value: value * (1 / 256)).convert("L")
+    upright = _upright(image)
     if upright.mode in ("RGBA", "LA", "PA") or "transparency" in upright.info:
         layered = upright.convert("RGBA")
         upright = Image.alpha_composite(Image.new("RGBA", layered.size, "white"), layered)
@@ -99,3 +144,20 @@ def _fit(image: Image.Image, width: int, height: int) -> bytes:
     # A new picture from the pixels alone: `info` (EXIF, text, profiles) stays behind.
     Image.frombytes("RGB", picture.size, picture.tobytes()).save(buffer, "PNG")
     return buffer.getvalue()
+
+
+def _reduced(image: Image.Image, width: int, height: int) -> Image.Image:
+    """Down to no less than this size by whole factors, before anything copies it at its own."""
+    if image.mode.startswith("I;"):
+        image = image.convert("I")
+    elif image.mode in ("1", "P", "PA"):  # whose pixels cannot be averaged
+        image = image.convert("RGBA" if image.has_transparency_data else "L" if image.mode == "1" else "RGB")
+    factor = min(image.width // width, image.height // height)
+    return image.reduce(factor) if factor > 1 else image
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    try:
+        return ImageOps.exif_transpose(image)
+    except Exception:  # EXIF that cannot be read: nobody knows which way is up, and the picture itself is sound
+        return image

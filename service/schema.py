@@ -51,7 +51,9 @@ class GenerateFields(BaseModel):
 class DistillationFields(BaseModel):
     """The body of `POST /admin/distillations`."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, json_schema_extra={"examples": [{"recipe": "shapes", "preset": "quick"}]}
+    )
 
     recipe: str = Field(description="One of `distill.recipes`", examples=["shapes"])
     preset: str = Field(default="full", description="How much of it to run: full, quick, smoke")

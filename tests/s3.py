@@ -91,8 +91,8 @@ class S3Server:
 
 @pytest.fixture(scope="session")
 def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
-    """One for all tests; each makes its own bucket. It gives 50 names at a time."""
-    yield from _running(S3Server(tmp_path_factory.mktemp("s3")), MOTO_S3_DEFAULT_MAX_KEYS="50")
+    """One for all tests; each makes its own bucket. It gives 20 names at a time."""
+    yield from _running(S3Server(tmp_path_factory.mktemp("s3")), MOTO_S3_DEFAULT_MAX_KEYS="20")
 
 
 @pytest.fixture(scope="session")

@@ -19,6 +19,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
+from urllib.parse import urlsplit
 
 _PATH = re.compile(r"[a-z]+/(?!\.{1,2}\Z)[A-Za-z0-9_.-]{1,200}")
 _FOLDER = re.compile(r"[a-z]+")
@@ -111,6 +112,13 @@ class Storage:
     def signed_url(self, path: str, seconds: int, *, method: str = "GET") -> str:
         """A link that the object store itself answers for a while, to ``GET`` or ``HEAD`` requests only."""
         return self._place.signed_url(_checked(path), seconds, method)
+
+    def links_origin(self) -> str | None:
+        """Scheme and host of all `signed_url`, for whoever says where a page may load from; None for a folder."""
+        if isinstance(self._place, _Folder):
+            return None
+        parts = urlsplit(self.signed_url("videos/any", 1))
+        return f"{parts.scheme}://{parts.netloc}"
 
     def free_bytes(self) -> int | None:
         """Room left on the disk, or None for an object store."""

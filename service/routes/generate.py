@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import AsyncIterator
 from typing import Annotated, Any
@@ -14,44 +13,38 @@ from sse_starlette import EventSourceResponse, ServerSentEvent
 from starlette.concurrency import run_in_threadpool
 from starlette.datastructures import UploadFile
 
-from service import events, webhooks
+from service import bodies, events, webhooks
 from service.deps import AfterDep, Context, ContextDep, GeneratorDep, JobIdDep, LimitDep, ReaderDep, generation_id
 from service.errors import ApiError
 from service.reading import Seen
-from service.schema import ErrorEnvelope, GenerateFields, Generation, GenerationPage
+from service.routes import docs
+from service.schema import GenerateFields, Generation, GenerationPage
 from service.submitting import Image, SubmitHeadersDep, image_of, remove, submit
 from service.viewing import ViewerDep, answer, viewer_of
 
 router = APIRouter(tags=["generate"])
 
-_ERRORS: dict[int | str, dict[str, Any]] = {
-    code: {"model": ErrorEnvelope} for code in (401, 403, 404, 413, 415, 422, 429, 503)
-}
 _MAX_WAIT_S = 60
 _PING_S = 15
 _SEND_S = 30
 _RECONNECT_MS = 2000
 
-_FIELDS: dict[str, Any] = {
-    "prompt": {"type": "string", "example": "a red circle moves right quickly, static camera"},
-    "seed": {"type": "integer", "minimum": 0, "maximum": 2**32 - 1},
-    "model": {"type": "string"},
-    "steps": {"type": "integer"},
-    "webhook_url": {"type": "string", "format": "uri"},
-    "metadata": {"type": "object", "additionalProperties": {"type": "string"}, "example": {"order": "17"}},
-}
-
 
 def _body_of(image: dict[str, str]) -> dict[str, Any]:
-    schema = {"type": "object", "required": ["image", "prompt"], "properties": {"image": image, **_FIELDS}}
-    return {"schema": schema}
+    properties = {"image": image, **docs.FIELDS}
+    return {"schema": {"type": "object", "required": ["image", "prompt"], "properties": properties}}
 
 
+_SHORT = {"image": docs.IMAGE, "prompt": docs.PROMPT}
+_LONG = {**_SHORT, "seed": 7, "metadata": {"order": "17"}, "webhook_url": docs.HOOK}
 _REQUEST_BODY = {
     "required": True,
     "content": {
-        "multipart/form-data": _body_of({"type": "string", "format": "binary"}),
-        "application/json": _body_of({"type": "string", "description": "data:image/png;base64,..."}),
+        "application/json": {
+            **_body_of({"type": "string", "description": "A data URL: `data:image/png;base64,...`"}),
+            "examples": {"short": {"value": _SHORT}, "long": {"value": _LONG}},
+        },
+        "multipart/form-data": _body_of(docs.IMAGE_FILE),
     },
 }
 
@@ -59,8 +52,13 @@ _REQUEST_BODY = {
 @router.post(
     "/generate",
     status_code=202,
+    summary="Ask for a video",
     response_model=Generation,
-    responses={200: {"model": Generation, "description": "Finished within `Prefer: wait`"}, **_ERRORS},
+    responses={
+        200: {"model": Generation, **docs.generations("succeeded", "failed", description="Over within `Prefer: wait`")},
+        202: docs.generations("queued"),
+        **docs.ASKING,
+    },
     openapi_extra={"requestBody": _REQUEST_BODY},
 )
 async def create(
@@ -71,7 +69,10 @@ async def create(
     headers: SubmitHeadersDep,
     prefer: Annotated[str | None, Header(description="wait=N: hold the answer up to N <= 60 seconds")] = None,
 ) -> Response:
-    """Animate an image: multipart form or JSON. Answers 202 with the job, or 200 with the video's address."""
+    """An image and a sentence, as multipart form or JSON. Answers 202 with the job, or 200 with the video's address.
+
+    With an `Idempotency-Key` it can be sent any number of times and is one job.
+    """
     fields, image = await _read(request, context)
     record, is_new = await submit(context, principal, headers, fields, image)
     said = {"Location": f"{viewer.origin}/generate/{record.id}"}
@@ -91,25 +92,43 @@ async def create(
     return answer(view, status, said)
 
 
-@router.get("/generate/{job_id}", response_model=Generation, responses=_ERRORS)
+@router.get(
+    "/generate/{job_id}",
+    summary="One video",
+    response_model=Generation,
+    responses={200: docs.generations("running", "succeeded", "delivered", "failed"), **docs.refusals("read", 404, 422)},
+)
 async def read(job_id: str, request: Request, principal: ReaderDep) -> Response:
-    """One generation. A failed or an expired one is an answer too: 200 with `status: failed`."""
+    """How far it is, and where. A failed or an expired one is an answer too: 200 with `status: failed`."""
     # By hand what elsewhere are dependencies: this is what clients ask most, and each is a tenth of its cost.
     viewer = await viewer_of(request)
     return answer(await viewer.view(await viewer.context.reader.get(await generation_id(job_id), principal.id)))
 
 
-@router.get("/generate", response_model=GenerationPage, responses=_ERRORS)
+@router.get(
+    "/generate",
+    summary="The key's videos",
+    response_model=GenerationPage,
+    responses={200: docs.GENERATION_PAGE, **docs.refusals("read", 422)},
+)
 async def list_generations(
     principal: ReaderDep, context: ContextDep, viewer: ViewerDep, limit: LimitDep = 20, after: AfterDep = None
 ) -> Response:
-    """The key's own, newest first."""
+    """Newest first, at most `limit`; while `has_more`, go on with `after`, the page's `last_id`."""
     records, has_more = await run_in_threadpool(context.store.page, limit, after, principal.id)
     data = [viewer.plain(seen) for seen in await context.reader.outlook(records)]
     return answer(GenerationPage(data=data, has_more=has_more, last_id=data[-1].id if data else None))
 
 
-@router.get("/generate/{job_id}/events", response_class=EventSourceResponse, responses=_ERRORS)
+@router.get(
+    "/generate/{job_id}/events",
+    summary="Follow a video",
+    response_class=EventSourceResponse,
+    responses={
+        200: {"content": {"text/event-stream": {"schema": {"type": "string"}, "example": docs.EVENTS}}},
+        **docs.refusals("read", 404, 422),
+    },
+)
 async def follow(
     job_id: JobIdDep,
     principal: ReaderDep,
@@ -119,8 +138,8 @@ async def follow(
 ) -> EventSourceResponse:
     """Server-sent events named `generation`: the whole generation at each change, until it is over."""
     await context.reader.get(job_id, principal.id)
-    if last_event_id is not None and not re.fullmatch(r"\d{1,20}-\d{1,20}", last_event_id):
-        last_event_id = None  # not one of ours: begin with the present state
+    if last_event_id is not None and not re.fullmatch(r"[0-9]{1,18}-[0-9]{1,18}", last_event_id):
+        last_event_id = None  # not one of ours, and perhaps more than Redis can count to: begin with the present state
 
     async def stream() -> AsyncIterator[ServerSentEvent]:
         said = ""
@@ -139,10 +158,17 @@ async def follow(
 
 
 @router.post(
-    "/generate/{job_id}/cancel", response_model=Generation, responses={409: {"model": ErrorEnvelope}, **_ERRORS}
+    "/generate/{job_id}/cancel",
+    summary="Cancel a video",
+    response_model=Generation,
+    responses={
+        200: docs.generations("cancelled"),
+        202: {"model": Generation, **docs.generations("cancelling", description="Stops at its next step")},
+        **docs.refusals("generate", 404, 409, 422),
+    },
 )
 async def cancel(job_id: JobIdDep, principal: GeneratorDep, context: ContextDep, viewer: ViewerDep) -> Response:
-    """Cancel: at once while queued; while running at the next step (202, `cancelling`)."""
+    """At once while queued; while running at the next step (202, `cancelling`)."""
     record = await run_in_threadpool(context.store.cancel, job_id, principal.id)
     return answer(viewer.plain(Seen(record)), 200 if record.status.is_terminal else 202)
 
@@ -150,8 +176,9 @@ async def cancel(job_id: JobIdDep, principal: GeneratorDep, context: ContextDep,
 @router.post(
     "/generate/{job_id}/webhook",
     status_code=202,
+    summary="Send a webhook again",
     response_model=Generation,
-    responses={409: {"model": ErrorEnvelope}, **_ERRORS},
+    responses={202: docs.generations("delivered"), **docs.refusals("generate", 404, 409, 422)},
 )
 async def send_webhook_again(
     job_id: JobIdDep, principal: GeneratorDep, context: ContextDep, viewer: ViewerDep
@@ -164,9 +191,14 @@ async def send_webhook_again(
     return answer(await viewer.view(seen), 202)
 
 
-@router.delete("/generate/{job_id}", status_code=204, responses={409: {"model": ErrorEnvelope}, **_ERRORS})
+@router.delete(
+    "/generate/{job_id}",
+    status_code=204,
+    summary="Remove a video",
+    responses=docs.refusals("generate", 404, 409, 422),
+)
 async def delete(job_id: JobIdDep, principal: GeneratorDep, context: ContextDep) -> None:
-    """Remove a generation and its files; one that runs is cancelled first."""
+    """Remove record and files; one that runs is cancelled first."""
     await remove(context, job_id, principal.id)
 
 
@@ -183,14 +215,12 @@ async def _read(request: Request, context: Context) -> tuple[GenerateFields, Ima
         return await _read_form(request, context)
     if kind == "application/json":
         return _read_json(await request.body(), context)
-    message = f"Content-Type: got {kind or 'none'!r}; send multipart/form-data or application/json"
+    message = f"Content-Type: got {kind[:64] or 'none'!r}; send multipart/form-data or application/json"
     raise ApiError(415, "content_type", message)
 
 
 async def _read_form(request: Request, context: Context) -> tuple[GenerateFields, Image]:
-    # The image may come as a data URL in a text part, so a part may be as long as a body.
-    limit = context.settings.max_body_bytes
-    async with request.form(max_files=2, max_fields=20, max_part_size=limit) as form:
+    async with bodies.form_of(request, max_fields=20, max_bytes=context.settings.max_body_bytes) as form:
         names = [name for name, _ in form.multi_items()]
         if twice := sorted({name for name in names if names.count(name) > 1}):
             raise ApiError(422, "invalid_field", f"{twice[0]}: sent more than once", param=twice[0])
@@ -210,13 +240,7 @@ async def _read_form(request: Request, context: Context) -> tuple[GenerateFields
 
 
 def _read_json(body: bytes, context: Context) -> tuple[GenerateFields, Image]:
-    try:
-        values = json.loads(body)
-    except (ValueError, RecursionError) as error:
-        raise ApiError(422, "bad_json", f"the body is not JSON: {error}") from None
-    if not isinstance(values, dict):
-        message = f"the body is a JSON {type(values).__name__}; wanted an object with image and prompt"
-        raise ApiError(422, "bad_json", message)
+    values = bodies.object_of(body)
     image = values.pop("image", None)
     if image is None:
         raise _no_image()
@@ -237,4 +261,4 @@ def _fields(values: dict[str, Any]) -> GenerateFields:
         name = ".".join(str(part) for part in first["loc"])[:64]
         known = ", ".join(["image", *GenerateFields.model_fields])
         hint = f"there is no such field; there are {known}" if first["type"] == "extra_forbidden" else first["msg"]
-        raise ApiError(422, "invalid_field", f"{name}: {hint}", param=name) from None
+        raise ApiError(422, "invalid_field", f"{name or 'the body'}: {hint}", param=name or None) from None

@@ -6,19 +6,24 @@ from fastapi import APIRouter, Response
 from redis.exceptions import RedisError
 
 from service.deps import Context, ContextDep
+from service.routes import docs
 from service.schema import Health, Readiness, ReadyWorker
 from worker.records import ready_workers, workers
 
 router = APIRouter(tags=["health"])
 
 
-@router.get("/livez")
+@router.get("/livez", summary="Whether the process is alive", responses={200: docs.ALIVE})
 async def live() -> Health:
     """200 while the process answers."""
     return Health(status="alive")
 
 
-@router.get("/readyz", responses={503: {"model": Readiness}})
+@router.get(
+    "/readyz",
+    summary="Whether videos can be made",
+    responses={200: docs.READY, 503: {"model": Readiness, **docs.NOT_READY}},
+)
 def ready(context: ContextDep, response: Response) -> Readiness:
     """200 when a job that is sent now will be worked on, else 503 with every cause."""
     causes = []

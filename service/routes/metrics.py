@@ -35,6 +35,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from service.deps import Context, ContextDep, MetricsDep
 from service.ids import created_at
+from service.routes import docs
 from worker import tracing
 from worker.contract import (
     SLOTS_TOTAL_KEY,
@@ -70,7 +71,15 @@ def _metrics(request: Request) -> Metrics:
     return cast(Metrics, request.app.state.metrics)
 
 
-@router.get("/metrics", response_class=Response)
+@router.get(
+    "/metrics",
+    summary="Numbers for Prometheus",
+    response_class=Response,
+    responses={
+        200: {"content": {"text/plain": {"schema": {"type": "string"}, "example": docs.METRICS}}},
+        **docs.refusals("metrics", 422),
+    },
+)
 def metrics(
     context: ContextDep,
     counted: Annotated[Metrics, Depends(_metrics)],

@@ -12,37 +12,29 @@ from redis.exceptions import RedisError
 from starlette.concurrency import run_in_threadpool
 from starlette.datastructures import UploadFile
 
-from service import openai_schema
+from service import bodies, openai_schema
 from service.deps import AfterDep, Context, ContextDep, GeneratorDep, JobIdDep, LimitDep, ReaderDep
 from service.errors import ApiError
 from service.openai_schema import Model, ModelList, Video, VideoDeleted, VideoPage
 from service.reading import Seen
+from service.routes import docs
 from service.routes.videos import file_of
-from service.schema import ErrorEnvelope
 from service.submitting import Image, SubmitHeadersDep, image_of, remove, submit
 from service.viewing import Viewer, ViewerDep, answer
 from worker.contract import MODELS_KEY, ModelCard, VideoSize, input_path
 
 router = APIRouter(prefix="/v1", tags=["openai"])
 
-_ERRORS: dict[int | str, dict[str, Any]] = {
-    code: {"model": ErrorEnvelope} for code in (400, 401, 403, 404, 413, 415, 422, 429, 503)
-}
 _FORMS = ("multipart/form-data", "application/x-www-form-urlencoded")
 _VARIANTS = {"video": "mp4", "thumbnail": "jpg"}
 
-_PROMPT = {"type": "string", "example": "a red circle moves right quickly, static camera"}
 _FIELDS: dict[str, Any] = {
-    "prompt": _PROMPT,
-    "model": {"type": "string", "example": "shapes-4step"},
-    "size": {"type": "string", "example": "64x64"},
-    "seconds": {"type": "string"},
-    "seed": {"type": "integer", "minimum": 0, "maximum": 2**32 - 1},
-    "webhook_url": {"type": "string", "format": "uri"},
-    "metadata": {"type": "object", "additionalProperties": {"type": "string"}},
+    **docs.FIELDS,
+    "size": {"type": "string", "description": "The model's own, as `/v1/models` says", "examples": ["64x64"]},
+    "seconds": {"type": "string", "description": "Likewise", "examples": ["2.125"]},
 }
-_URL = {"type": "string", "description": "data:image/png;base64,..."}
-_URL_OBJECT = {"type": "object", "properties": {"image_url": _URL}}
+_URL = {"type": "string", "description": "A data URL: `data:image/png;base64,...`"}
+_URL_OBJECT = {"type": "object", "required": ["image_url"], "properties": {"image_url": _URL}}
 
 
 def _body_of(reference: dict[str, Any]) -> dict[str, Any]:
@@ -50,23 +42,39 @@ def _body_of(reference: dict[str, Any]) -> dict[str, Any]:
     return {"schema": {"type": "object", "required": ["input_reference", "prompt"], "properties": properties}}
 
 
+_TEXT = {"input_reference": docs.IMAGE, "prompt": docs.PROMPT}
+_OBJECT = {"input_reference": {"image_url": docs.IMAGE}, "prompt": docs.PROMPT, "seed": 7}
 _CREATE_BODY = {
     "required": True,
     "content": {
-        "multipart/form-data": _body_of({"type": "string", "format": "binary"}),
-        "application/json": _body_of({"anyOf": [_URL, _URL_OBJECT]}),
+        "application/json": {
+            **_body_of({"anyOf": [_URL, _URL_OBJECT]}),
+            "examples": {"text": {"value": _TEXT}, "object": {"value": _OBJECT}},
+        },
+        "multipart/form-data": _body_of(docs.IMAGE_FILE),
     },
 }
 _REMIX_BODY = {
     "required": True,
-    "content": {"application/json": {"schema": {"type": "object", "required": ["prompt"], "properties": _FIELDS}}},
+    "content": {
+        "application/json": {
+            "schema": {"type": "object", "required": ["prompt"], "properties": _FIELDS},
+            "example": {"prompt": docs.OTHER_PROMPT},
+        }
+    },
 }
 
 
 # --- ask for one -----------------------------------------------------------------------------------------------------
 
 
-@router.post("/videos", response_model=Video, responses=_ERRORS, openapi_extra={"requestBody": _CREATE_BODY})
+@router.post(
+    "/videos",
+    summary="Ask for a video, as OpenAI's clients do",
+    response_model=Video,
+    responses={200: docs.videos("queued"), **docs.refusals("generate", 404), **docs.ASKING},
+    openapi_extra={"requestBody": _CREATE_BODY},
+)
 async def create(
     request: Request, principal: GeneratorDep, context: ContextDep, viewer: ViewerDep, headers: SubmitHeadersDep
 ) -> Response:
@@ -85,8 +93,9 @@ async def create(
 
 @router.post(
     "/videos/{job_id}/remix",
+    summary="Ask for another video of the same image",
     response_model=Video,
-    responses={409: {"model": ErrorEnvelope}, **_ERRORS},
+    responses={200: docs.videos("queued"), **docs.refusals("generate", 404), **docs.ASKING},
     openapi_extra={"requestBody": _REMIX_BODY},
 )
 async def remix(
@@ -127,15 +136,25 @@ async def not_offered(request: Request, _principal: GeneratorDep) -> None:
 # --- look at them ----------------------------------------------------------------------------------------------------
 
 
-@router.get("/videos/{job_id}", response_model=Video, responses=_ERRORS)
+@router.get(
+    "/videos/{job_id}",
+    summary="One video, as OpenAI's clients see it",
+    response_model=Video,
+    responses={200: docs.videos("running", "succeeded", "failed", "cancelled"), **docs.refusals("read", 404, 422)},
+)
 async def read(job_id: JobIdDep, principal: ReaderDep, context: ContextDep, viewer: ViewerDep) -> Response:
-    """One video. One that has failed, was cancelled or has expired is an answer too: 200 with `status: failed`."""
+    """How far it is. One that has failed, was cancelled or has expired is an answer too: 200 with `status: failed`."""
     seen = await context.reader.get(job_id, principal.id)
     sizes = await _sizes(context, {seen.record.model})
     return answer(_view(viewer, seen, sizes), headers=_poll_header(seen))
 
 
-@router.get("/videos", response_model=VideoPage, responses=_ERRORS)
+@router.get(
+    "/videos",
+    summary="The key's videos, as OpenAI's clients see them",
+    response_model=VideoPage,
+    responses={200: docs.VIDEO_PAGE, **docs.refusals("read", 422)},
+)
 async def list_videos(
     principal: ReaderDep,
     context: ContextDep,
@@ -144,7 +163,7 @@ async def list_videos(
     after: AfterDep = None,
     order: Annotated[Literal["asc", "desc"], Query(description="By time of creation")] = "desc",
 ) -> Response:
-    """The key's own."""
+    """By time of creation; while `has_more`, go on with `after`, the page's `last_id`."""
     oldest_first = order == "asc"
     records, has_more = await run_in_threadpool(
         lambda: context.store.page(limit, after, principal.id, oldest_first=oldest_first)
@@ -156,7 +175,16 @@ async def list_videos(
 
 
 @router.head("/videos/{job_id}/content", include_in_schema=False)
-@router.get("/videos/{job_id}/content", response_class=FileResponse, responses=_ERRORS)
+@router.get(
+    "/videos/{job_id}/content",
+    summary="The file of a video",
+    response_class=FileResponse,
+    responses={
+        200: {"content": {"video/mp4": docs.FILE, "image/jpeg": docs.FILE}},
+        **docs.PARTS,
+        **docs.refusals("read", 400, 404, 410, 422),
+    },
+)
 async def content(
     job_id: JobIdDep,
     request: Request,
@@ -173,9 +201,13 @@ async def content(
     return await run_in_threadpool(file_of, context, record, suffix, request.method)
 
 
-@router.delete("/videos/{job_id}", responses={409: {"model": ErrorEnvelope}, **_ERRORS})
+@router.delete(
+    "/videos/{job_id}",
+    summary="Remove a video, as OpenAI's clients do",
+    responses={200: docs.VIDEO_DELETED, **docs.refusals("generate", 404, 409, 422)},
+)
 async def delete(job_id: JobIdDep, principal: GeneratorDep, context: ContextDep) -> VideoDeleted:
-    """Remove a video and its files; one that is being made is cancelled first."""
+    """Remove record and files; one that is being made is cancelled first."""
     await remove(context, job_id, principal.id)
     return VideoDeleted(id=job_id)
 
@@ -183,15 +215,23 @@ async def delete(job_id: JobIdDep, principal: GeneratorDep, context: ContextDep)
 # --- models ----------------------------------------------------------------------------------------------------------
 
 
-@router.get("/models", responses=_ERRORS)
+@router.get(
+    "/models",
+    summary="The models, as OpenAI's clients see them",
+    responses={200: docs.MODEL_LIST, **docs.refusals("read")},
+)
 async def models(_principal: ReaderDep, context: ContextDep) -> ModelList:
     """The models that can be asked for; the first answers when none is named. Empty before a worker has been ready."""
     return ModelList(data=[await _model_view(context, card) for card in await _models(context)])
 
 
-@router.get("/models/{name}", responses=_ERRORS)
+@router.get(
+    "/models/{name}",
+    summary="One model, as OpenAI's clients see it",
+    responses={200: docs.MODEL, **docs.refusals("read", 404, 422)},
+)
 async def model(name: str, _principal: ReaderDep, context: ContextDep) -> Model:
-    """One of them."""
+    """What it makes, and since when a worker has it."""
     card = await _model(context, name)
     if card is None:
         raise _unknown_model(name, [])
@@ -231,13 +271,11 @@ async def _read(request: Request, context: Context) -> dict[str, Any]:
     """The fields of either kind of body, files as bytes. Raises ``ApiError`` 415, 422."""
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind == "application/json":
-        return openai_schema.object_of(await request.body())
+        return bodies.object_of(await request.body())
     if kind not in _FORMS:
         message = f"Content-Type: got {kind[:64] or 'none'!r}; send multipart/form-data or application/json"
         raise ApiError(415, "content_type", message)
-    # The image may come as a data URL in a text part, so a part may be as long as a body.
-    limit = context.settings.max_body_bytes
-    async with request.form(max_files=2, max_fields=40, max_part_size=limit) as form:
+    async with bodies.form_of(request, max_fields=40, max_bytes=context.settings.max_body_bytes) as form:
         parts = [
             (name, await part.read() if isinstance(part, UploadFile) else part) for name, part in form.multi_items()
         ]

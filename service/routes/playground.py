@@ -10,25 +10,31 @@ from fastapi.responses import FileResponse
 
 from service.deps import ContextDep, OriginDep, ReaderDep
 from service.errors import ApiError
+from service.routes import docs
 from service.schema import Example, Examples, Models
 
 WEB = Path(__file__).resolve().parent.parent / "web"
 
 router = APIRouter(tags=["playground"])
 
-_POLICY = (
-    "default-src 'self'; img-src 'self' blob: data:; media-src 'self' blob:; frame-ancestors 'none'; base-uri 'none'"
-)
-
 
 @router.get("/", include_in_schema=False)
-def page() -> FileResponse:
-    """The playground."""
-    headers = {"Content-Security-Policy": _POLICY, "Cache-Control": "no-cache"}
+def page(context: ContextDep) -> FileResponse:
+    """The playground. It loads from here alone, and from the object store that videos are redirected to."""
+    store = f" {origin}" if (origin := context.storage.links_origin()) else ""
+    policy = (
+        f"default-src 'self'; img-src 'self' blob: data:{store}; media-src 'self' blob:{store}; "
+        f"connect-src 'self'{store}; frame-ancestors 'none'; base-uri 'none'"
+    )
+    headers = {"Content-Security-Policy": policy, "Cache-Control": "no-cache"}
     return FileResponse(WEB / "index.html", media_type="text/html", headers=headers)
 
 
-@router.get("/models")
+@router.get(
+    "/models",
+    summary="The models, and what they understand",
+    responses={200: docs.MODELS, **docs.refusals("read")},
+)
 async def models(_principal: ReaderDep, context: ContextDep) -> Models:
     """The models that can be asked for, with the prompts that they understand; the first answers when none is named.
 
@@ -37,7 +43,7 @@ async def models(_principal: ReaderDep, context: ContextDep) -> Models:
     return Models(data=list((await context.store.lookout.fleet_async()).models))
 
 
-@router.get("/examples")
+@router.get("/examples", summary="Example pictures with sentences", responses={200: docs.EXAMPLES})
 def examples(context: ContextDep, origin: OriginDep) -> Examples:
     """Pictures to begin with."""
     data = []
@@ -47,7 +53,12 @@ def examples(context: ContextDep, origin: OriginDep) -> Examples:
     return Examples(data=data)
 
 
-@router.get("/examples/{name}.png", response_class=FileResponse)
+@router.get(
+    "/examples/{name}.png",
+    summary="One of the example pictures",
+    response_class=FileResponse,
+    responses={200: {"content": {"image/png": docs.FILE}}, **docs.refusals(None, 404, 422)},
+)
 def example_image(name: str, context: ContextDep) -> FileResponse:
     """One of the pictures that `/examples` lists."""
     folder = context.settings.examples_dir

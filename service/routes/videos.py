@@ -12,6 +12,7 @@ from service import links
 from service.auth import Principal
 from service.deps import Context, ContextDep, JobIdDep, OptionalPrincipalDep
 from service.errors import ApiError
+from service.routes import docs
 from worker.contract import Record, Status, output_path
 from worker.records import now
 
@@ -23,11 +24,26 @@ _CHALLENGE = {"WWW-Authenticate": 'Bearer realm="fastlightgen"'}
 
 
 @router.head("/videos/{job_id}.{suffix}", include_in_schema=False)
-@router.get("/videos/{job_id}.{suffix}", response_class=FileResponse)
+@router.get(
+    "/videos/{job_id}.{suffix}",
+    summary="A video, its thumbnail, its manifest",
+    response_class=FileResponse,
+    responses={
+        200: {
+            "content": {
+                "video/mp4": docs.FILE,
+                "image/jpeg": docs.FILE,
+                "application/json": {"schema": {"type": "object"}, "example": docs.MANIFEST},
+            }
+        },
+        **docs.PARTS,
+        **docs.refusals("read", 404, 410, 422),
+    },
+)
 def result(
     job_id: JobIdDep, suffix: str, request: Request, context: ContextDep, principal: OptionalPrincipalDep
 ) -> Response:
-    """A finished generation's video, thumbnail or manifest. 410 once it has expired."""
+    """A finished generation's `mp4`, `jpg` or `json`. Needs a signed link, as answers have them, or the job's key."""
     if suffix not in _TYPES:
         raise ApiError(404, "not_found", f"there is no .{suffix[:16]} of a generation; there are {', '.join(_TYPES)}")
     return file_of(context, _readable(request, context, job_id, suffix, principal), suffix, request.method)

@@ -1,196 +1,167 @@
-// The playground: one person, one image, one sentence, one video at a time.
+// The playground: one image, one sentence, and what one model, or two side by side, make of it.
 //
 // The server is the only judge of what it accepts: nothing here refuses an input, and what the server says about one is
-// shown as it said it. The URL's hash holds the id of the generation on the stage, so reload and "back" just work.
+// shown as it said it. The URL's hash holds the ids of what is on the stage, so reload and "back" just work.
 
-const PHASES = ["queued", "encoding", "denoising", "decoding", "saving"];
-const ENDED = ["succeeded", "failed", "cancelled", "expired"];
+import { RequestError, here, key, onLocked, request } from "./api.js";
+import { $, el, fact, lessMotion, say, seconds, setText } from "./dom.js";
+import { Gallery } from "./gallery.js";
+import { PHASES, Pane, isActive } from "./pane.js";
+import { Duet } from "./player.js";
+import { PromptField } from "./prompt.js";
+import * as snippets from "./snippets.js";
+
 const READY_POLL_MS = { ready: 20_000, notReady: 2_000 };
-const GALLERY_POLL_MS = 3_000;
-const RETRY_MS = 2_000;
-
-const $ = (id) => document.getElementById(id);
-const lessMotion = matchMedia("(prefers-reduced-motion: reduce)");
+const MAX_NAME = 120; // of an image, in the notes that go with a request
+const FIELDS = ["image", "prompt", "seed", "model"];
 
 const state = {
-  model: null, // what GET /models says of the model being served
+  models: [], // what GET /models says
   image: null, // File for the next request
-  sentence: {}, // values of the last prompt that parsed, to fall back on when a chip meets half a sentence
-  shown: null, // the generation on the stage
-  events: null, // its EventSource
   images: new Map(), // generation id -> the File it was made from, for this visit
+  panes: [], // one, or two side by side
+  duet: null, // plays both videos
+  isSending: false,
+  waitUntil: 0, // when the server wants to be asked again, in ms of `performance.now`
 };
 
-// --- small things ----------------------------------------------------------------------------------------------------
+const prompt = new PromptField(() => {
+  fieldError("prompt", null);
+  drawCode();
+});
 
-/** An element with properties; keys with a dash and `role` become attributes. */
-function el(tag, properties = {}, ...children) {
-  const node = document.createElement(tag);
-  for (const [key, value] of Object.entries(properties)) {
-    if (key.includes("-") || key === "role") node.setAttribute(key, value);
-    else node[key] = value;
-  }
-  node.append(...children);
-  return node;
-}
-
-class RequestError extends Error {
-  constructor(message, param = null, status = 0) {
-    super(message);
-    Object.assign(this, { param, status });
-  }
-}
-
-/** JSON of a successful answer; everything else is a RequestError with the server's own sentence. */
-async function request(path, options) {
-  let response;
-  try {
-    response = await fetch(path, options);
-  } catch {
-    throw new RequestError("The server does not answer. Is it still running?");
-  }
-  const body = await response.json().catch(() => null);
-  if (response.ok) return body;
-  const { message = `The server answered ${response.status} ${response.statusText}.`, param } = body?.error ?? {};
-  throw new RequestError(message, param, response.status);
-}
+const gallery = new Gallery({ shown: () => shownGenerations().map(({ id }) => id), remove });
 
 /** Run an action; what goes wrong is said in the alert area, and stays there until the person does the next thing. */
 const attempt = (action) => async (...args) => {
   try {
-    await action(...args);
+    return await action(...args);
   } catch (error) {
-    if (!(error instanceof RequestError)) throw error;
-    warn(error.message);
+    report(error);
   }
 };
 
-function warn(text) {
-  if ($("alert").textContent !== text) $("alert").textContent = text;
+function report(error) {
+  if (!(error instanceof RequestError)) throw error;
+  if (!error.isLocked) warn(error.message);
 }
 
-/** Told to screen readers; only whole events, never each percent. */
-function say(text) {
-  if ($("status").textContent !== text) $("status").textContent = text;
+const warn = (text) => setText($("alert"), text);
+
+const refreshGallery = attempt(() => gallery.refresh());
+
+// --- the key ---------------------------------------------------------------------------------------------------------
+
+function lock(error) {
+  if (error.code === "wrong_key") key.value = null;
+  keyError(error.code === "wrong_key" ? error.message : null);
+  if (!$("lock").hidden) return;
+  for (const pane of state.panes) pane.close();
+  state.panes = [];
+  setLocked(true);
+  $("key").focus();
+  say("This service asks for an API key.");
 }
 
-/** The server may be reached under another name than the one it puts in its URLs: stay on the page's origin. */
-function here(url) {
-  const { pathname, search } = new URL(url, location.href);
-  return pathname + search;
+function setLocked(isLocked) {
+  $("lock").hidden = !isLocked;
+  $("work").hidden = isLocked;
+  $("key-held").hidden = isLocked || !key.value;
 }
 
-const seconds = (value) => `${value < 10 ? value.toFixed(2) : value.toFixed(1)} s`;
+function keyError(message) {
+  setText($("key-error"), message ?? "");
+  $("key-error").hidden = !message;
+  $("key").setAttribute("aria-invalid", Boolean(message));
+}
 
-// --- the sentence and its chips (distill/prompt.py is the same grammar, and the one that decides) ---------------
-
-/** {values, whole}: the parts that `text` has, up to where it stops fitting. */
-function parse(grammar, text) {
-  const words = text.toLowerCase().trim().split(/\s+/).map((word) => grammar.aliases[word] ?? word);
-  let rest = words.join(" ").replace(/\s+,/g, ",").replace(/\.$/, "").trimEnd();
-  const values = {};
-  const begins = (phrase) => rest.startsWith(phrase) && !/^[\p{L}\p{N}]/u.test(rest.slice(phrase.length));
-  for (const part of grammar.parts) {
-    const prefix = Object.keys(values).length ? part.prefix : part.prefix.trimStart();
-    const longestFirst = [...part.choices].sort((a, b) => b.length - a.length);
-    const choice = longestFirst.find((one) => begins(prefix + one));
-    if (choice) {
-      values[part.name] = choice;
-      rest = rest.slice((prefix + choice).length);
-    } else if (!part.optional) return { values, whole: false };
+async function useKey() {
+  const text = $("key").value.trim();
+  if (!/^[\x21-\x7e]+$/.test(text)) {
+    keyError(text ? "A key is one word of plain letters, digits, - and _." : "Type or paste the key first.");
+    $("key").focus();
+    return;
   }
-  const whole = !rest && !Object.entries(values).some(([name, choice]) => clash(grammar, values, name, choice));
-  return { values, whole };
-}
-
-/** Why `choice` does not go together with the other values, or undefined. */
-function clash(grammar, values, name, choice) {
-  const all = { ...values, [name]: choice };
-  const holds = ({ when }) => Object.entries(when).every(([part, choices]) => choices.includes(all[part]));
-  return grammar.exclusions.find((exclusion) => name in exclusion.when && holds(exclusion))?.reason;
-}
-
-/** The sentence of `values`, with what must be there filled in. `name` is the part just chosen: the others give way. */
-function compose(grammar, values, name) {
-  for (const part of grammar.parts) {
-    const choice = values[part.name];
-    const keep = part.name === name || (choice ? !clash(grammar, values, part.name, choice) : part.optional);
-    if (keep) continue;
-    if (part.optional) delete values[part.name];
-    else values[part.name] = part.choices.find((other) => !clash(grammar, values, part.name, other));
+  key.value = text;
+  keyError(null);
+  try {
+    await request("/models");
+  } catch (error) {
+    if (error.isLocked) return $("key").select();
+    if (error.status !== 403) return keyError(error.message);
   }
-  const said = grammar.parts.filter((part) => values[part.name]);
-  return said.map((part) => part.prefix + values[part.name]).join("").trimStart();
+  $("key").value = "";
+  setLocked(false);
+  $("stage-title").focus({ preventScroll: true });
+  say("The key works.");
+  await begin();
 }
 
-function choose(name, choice) {
-  const { grammar } = state.model.prompt;
-  const { values, whole } = parse(grammar, $("prompt").value);
-  const wanted = { ...(whole ? {} : state.sentence), ...values };
-  if (choice) wanted[name] = choice;
-  else delete wanted[name];
-  setPrompt(compose(grammar, wanted, name));
+function forgetKey() {
+  key.value = null;
+  // Nothing of what the key has opened may stay on the page.
+  history.replaceState(null, "", location.pathname);
+  location.reload();
 }
 
-function setPrompt(text) {
-  $("prompt").value = text;
-  promptChanged();
+// --- the models ------------------------------------------------------------------------------------------------------
+
+const cardOf = (name) => state.models.find((card) => card.name === name);
+
+const details = (card) => {
+  const { num_inference_steps: steps, kind } = card;
+  return [...(kind ? [kind] : []), steps === 1 ? "1 step" : `${steps} steps`].join(", ");
+};
+
+/** The names of the models that the next request goes to. */
+function chosenModels() {
+  if (state.models.length < 2) return [];
+  return $("compare").checked ? [$("model").value, $("other").value] : [$("model").value];
 }
 
-function promptChanged() {
-  fieldError("prompt", null);
-  const grammar = state.model?.prompt.grammar;
-  if (!grammar) return;
-  const { values, whole } = parse(grammar, $("prompt").value);
-  if (whole) state.sentence = values;
-  for (const group of $("chips").querySelectorAll("[role=radiogroup]")) {
-    const name = group.dataset.part;
-    let reason;
-    for (const radio of group.querySelectorAll("input")) {
-      const why = clash(grammar, values, name, radio.value);
-      radio.checked = radio.value ? values[name] === radio.value : whole && !(name in values);
-      radio.disabled = Boolean(why) && !radio.checked;
-      reason ??= radio.disabled ? why : undefined;
-    }
-    group.querySelector(".reason").textContent = reason ?? "";
+async function loadModels() {
+  const { data } = await request("/models");
+  const print = (models) => models.map(({ sha256 }) => sha256).join();
+  if (!data.length || print(data) === print(state.models)) return;
+  state.models = data;
+  gallery.showsModels = data.length > 1;
+  $("model-field").hidden = data.length < 2;
+  for (const select of [$("model"), $("other")]) {
+    const before = select.value;
+    select.replaceChildren(...data.map((card) => el("option", { value: card.name }, `${card.name}, ${details(card)}`)));
+    select.value = cardOf(before) ? before : data[select === $("other") && data.length > 1 ? 1 : 0].name;
   }
+  modelChanged();
 }
 
-function drawChips({ kind, grammar, examples }) {
-  const free = kind === "free" || !grammar;
-  $("chips").replaceChildren(...(free ? [exampleChips(examples)] : grammar.parts.map(partChips)));
+/** `moved` is the select that was changed: the other one gives way to it. */
+function modelChanged(moved = $("model")) {
+  const other = moved === $("model") ? $("other") : $("model");
+  if (moved.value === other.value) other.value = state.models.find(({ name }) => name !== moved.value)?.name ?? "";
+  fieldError("model", null);
+  const isTwo = $("compare").checked && state.models.length > 1;
+  $("work").dataset.compare = isTwo;
+  const [card, second] = isTwo ? chosenModels().map(cardOf) : [cardOf($("model").value) ?? state.models[0]];
+  const { width, height, num_frames, fps } = card.video;
+  const names = second ? `${card.name} and ${second.name}` : `${card.name} · ${details(card)}`;
+  setText($("makes"), `${names} · ${width} × ${height} · ${seconds(num_frames / fps)}`);
+  document.documentElement.style.setProperty("--ratio", width / height);
+  if (!shownGenerations().length) state.panes[0]?.setLabel("", "", card.video);
+  prompt.load(card.prompt);
 }
 
-function exampleChips(examples) {
-  const chip = (text) => el("button", { type: "button", className: "chip", onclick: () => setPrompt(text) }, text);
-  const choices = el("div", { className: "choices" }, ...examples.map(chip));
-  return el("div", { className: "group", role: "group", "aria-label": "Sentences to start from" }, choices);
-}
-
-function partChips(part) {
-  const id = `part-${part.name}`;
-  const chips = (part.optional ? ["", ...part.choices] : part.choices).map((choice) => choiceChip(part.name, choice));
-  return el("div", { className: "group", role: "radiogroup", "aria-labelledby": id, "data-part": part.name },
-    el("span", { id, className: "part" }, part.name),
-    el("div", { className: "choices" }, ...chips, el("p", { className: "reason" })));
-}
-
-function choiceChip(name, choice) {
-  const radio = el("input", { type: "radio", name: `part-${name}`, value: choice });
-  radio.onchange = () => choose(name, choice);
-  const chip = el("label", { className: choice ? "chip" : "chip open" }, radio, choice || "leave open");
-  if (CSS.supports("color", choice)) {
-    const dot = el("i", { className: "dot" });
-    dot.style.background = choice;
-    radio.after(dot);
-  }
-  return chip;
+function setModels(names) {
+  if (state.models.length < 2 || !names.every(cardOf)) return;
+  $("compare").checked = names.length > 1;
+  $("model").value = names[0];
+  if (names.length > 1) $("other").value = names[1];
+  modelChanged();
 }
 
 // --- the image -------------------------------------------------------------------------------------------------------
 
 /** Take `file` as the first frame. `tile` is the example it came from, if any. The stage shows it if it is free. */
-function setImage(file, tile = null, stageInUse = isActive(state.shown)) {
+function setImage(file, tile = null, stageInUse = state.panes.some((pane) => pane.isActive)) {
   state.image = file;
   fieldError("image", null);
   for (const button of $("examples").querySelectorAll("button")) button.setAttribute("aria-pressed", button === tile);
@@ -199,8 +170,8 @@ function setImage(file, tile = null, stageInUse = isActive(state.shown)) {
   if (!stageInUse) showStill();
 }
 
-const pickExample = attempt(async ({ image_url, prompt }, tile, stageInUse) => {
-  setPrompt(prompt);
+const pickExample = attempt(async ({ image_url, prompt: sentence }, tile, stageInUse) => {
+  prompt.text = sentence;
   const response = await fetch(here(image_url)).catch(() => null);
   if (!response?.ok) throw new RequestError("The example image could not be loaded.");
   const blob = await response.blob();
@@ -224,10 +195,12 @@ const drawExamples = attempt(async () => {
 
 /** The first frame of the video on the stage: what to start from again when the input is not at hand any more. */
 async function firstFrame() {
-  const video = $("video");
+  const pane = state.panes.find((one) => one.hasSucceeded);
+  if (!pane) throw new RequestError("The picture is not at hand any more: choose it again, then generate.");
+  const { video } = pane;
   video.pause();
   await new Promise((resolve) => {
-    video.onseeked = resolve;
+    video.addEventListener("seeked", resolve, { once: true });
     video.currentTime = 0;
   });
   const canvas = el("canvas", { width: video.videoWidth, height: video.videoHeight });
@@ -244,319 +217,373 @@ function fileFrom(transfer) {
 
 // --- the stage -------------------------------------------------------------------------------------------------------
 
-function setMode(mode) {
-  const held = document.activeElement?.closest(".panel");
-  for (const panel of document.querySelectorAll(".panel")) panel.hidden = panel.dataset.mode !== mode;
-  if (held?.hidden) $("stage-title").focus({ preventScroll: true }); // the focused button has gone: stay near it
-  $("video").hidden = mode !== "done";
-  $("noise").hidden = mode !== "running";
-  $("generate").ariaDisabled = mode === "running"; // not `disabled`: that would throw the keyboard out
-  if (mode !== "done") $("video").removeAttribute("src");
-}
+const shownGenerations = () => state.panes.map((pane) => pane.generation).filter(Boolean);
 
-/** Show `file` as the picture on the stage; without one the screen is dark and says `otherwise`. */
-function setStill(file, otherwise = "") {
-  const still = $("still");
-  if (still.src) URL.revokeObjectURL(still.src);
-  still.hidden = true;
-  $("empty").hidden = false;
-  $("empty").textContent = file?.name ?? otherwise;
-  $("glow").getContext("2d").clearRect(0, 0, 16, 16);
-  if (!file) return still.removeAttribute("src");
-  still.onload = () => {
-    still.hidden = false;
-    $("empty").hidden = true;
-    const { naturalWidth: width, naturalHeight: height } = still;
-    const { width: w, height: h } = state.model?.video ?? { width, height };
-    const cropped = width * h === height * w ? "" : " The middle of it is used.";
-    $("crop").textContent = `${file.name}, ${width} × ${height}.${cropped}`;
-    glow(still);
-  };
-  // Not a picture as far as this browser knows; the server is asked all the same.
-  still.onerror = () => {
-    $("crop").textContent = `${file.name} cannot be shown here.`;
-  };
-  still.src = URL.createObjectURL(file);
+/** Clear the stage for so many. */
+function setPanes(count) {
+  const held = $("panes").contains(document.activeElement);
+  state.duet?.close();
+  state.duet = null;
+  for (const pane of state.panes) pane.close();
+  state.panes = Array.from({ length: count }, () => new Pane({ onChange: paneChanged, onError: followError }));
+  $("panes").replaceChildren(...state.panes.map((pane) => pane.root));
+  $("panes").dataset.count = count;
+  if (held) $("stage-title").focus({ preventScroll: true }); // the focused button has gone: stay near it
 }
 
 /** Back to composing. What was on the stage is one step back, unless it is gone. */
 function showStill({ gone = false } = {}) {
-  leave();
-  state.shown = null;
   if (location.hash) history[gone ? "replaceState" : "pushState"](null, "", location.pathname);
-  setMode("still");
-  setStill(state.image, "Drop an image here");
-  markGallery();
+  setPanes(1);
+  const [pane] = state.panes;
+  const card = cardOf($("model").value) ?? state.models[0];
+  if (card) pane.setLabel("", "", card.video);
+  pane.setStill(state.image, "Drop an image here", (width, height) => describeImage(width, height, card));
+  drawStage();
 }
 
-/** Light the surroundings of the stage with what is on it. */
-function glow(source) {
-  $("glow").getContext("2d").drawImage(source, 0, 0, 16, 16);
+function describeImage(width, height, card) {
+  const { name } = state.image;
+  if (width === null) return setText($("crop"), `${name} cannot be shown here.`); // the server is asked all the same
+  const { width: w, height: h } = card?.video ?? { width, height };
+  const cropped = width * h === height * w ? "" : " The middle of it is used.";
+  setText($("crop"), `${name}, ${width} × ${height}.${cropped}`);
 }
 
-function glowWithVideo() {
-  const video = $("video");
-  if (video.hidden) return;
-  glow(video);
-  if (!lessMotion.matches) video.requestVideoFrameCallback?.(glowWithVideo);
+/** Show generations, one or two, as they are now and as they go on. */
+function watch(generations) {
+  setPanes(generations.length);
+  generations.forEach((generation, index) => watchIn(state.panes[index], generation, generations.length > 1));
+  $("panes").scrollIntoView({ block: "nearest", behavior: lessMotion.matches ? "auto" : "smooth" });
 }
 
-/** Noise over the picture that clears as the denoising does. */
-function drawNoise(amount) {
-  const canvas = $("noise");
-  canvas.style.opacity = amount;
-  if (lessMotion.matches && canvas.dataset.drawn) return;
-  canvas.dataset.drawn = "yes";
-  const context = canvas.getContext("2d");
-  const pixels = context.createImageData(canvas.width, canvas.height);
-  for (let i = 0; i < pixels.data.length; i += 4) {
-    const grey = 200 * Math.random();
-    for (let channel = 0; channel < 3; channel++) pixels.data[i + channel] = grey + 56 * Math.random();
-    pixels.data[i + 3] = 255;
+function watchIn(pane, generation, isOneOfTwo) {
+  const card = cardOf(generation.model);
+  pane.setLabel(isOneOfTwo ? generation.model : "", card ? details(card) : "", card?.video);
+  pane.setStill(state.images.get(generation.id));
+  pane.watch(generation);
+}
+
+const underWay = new WeakSet(); // panes
+
+function paneChanged(pane) {
+  drawStage();
+  if (pane.isActive) underWay.add(pane);
+  else if (underWay.delete(pane)) refreshGallery();
+}
+
+function followError(error) {
+  if (error.status === 404) showStill({ gone: true });
+  report(error);
+}
+
+/** Everything about the stage that is not in its panes. */
+function drawStage() {
+  const held = document.activeElement?.closest(".result") ? document.activeElement : null;
+  const { panes } = state;
+  const isShown = panes.some((pane) => pane.generation || pane.refusal);
+  $("still-panel").hidden = isShown;
+  $("shown-panel").hidden = !isShown;
+  if (isShown) drawShown(panes);
+  drawPlayer(panes);
+  drawGenerate();
+  drawCode();
+  gallery.mark();
+  if (held && !held.checkVisibility()) $("stage-title").focus({ preventScroll: true });
+}
+
+function drawShown(panes) {
+  const active = panes.some((pane) => pane.isActive);
+  const successes = panes.filter((pane) => pane.hasSucceeded);
+  const [generation] = shownGenerations();
+  $("shown-panel").dataset.active = active;
+  setText($("shown-prompt"), generation?.prompt ?? prompt.text);
+  drawFacts(panes, active);
+  drawVerdict(panes);
+  drawCharts(active ? [] : panes);
+  $("again").hidden = active || !successes.length;
+  $("retry").hidden = active || successes.length === panes.length || generation?.status === "expired";
+  $("keep").hidden = active || !generation;
+  $("edit").hidden = active || successes.length === panes.length;
+  $("download").hidden = panes.length > 1 || !successes.length;
+  if (successes.length) {
+    $("download").href = here(successes[0].generation.video_url);
+    $("download").download = `${successes[0].generation.id}.mp4`;
   }
-  context.putImageData(pixels, 0, 0);
 }
 
-// --- a generation ----------------------------------------------------------------------------------------------------
-
-const isActive = (generation) => Boolean(generation) && !ENDED.includes(generation.status);
-
-const generate = attempt(async () => {
-  if ($("generate").ariaDisabled === "true") return;
-  $("generate").ariaDisabled = true;
-  warn("");
-  for (const name of ["image", "prompt", "seed"]) fieldError(name, null);
-  const form = new FormData();
-  if (state.image) form.append("image", state.image, state.image.name);
-  form.append("prompt", $("prompt").value);
-  if ($("seed").value.trim()) form.append("seed", $("seed").value.trim());
-  const { image } = state;
-  try {
-    const generation = await request("/generate", { method: "POST", body: form });
-    state.images.set(generation.id, image);
-    history.pushState(null, "", `#${generation.id}`);
-    watch(generation);
-    refreshGallery();
-  } catch (error) {
-    if (error.status === 503) watchReadiness();
-    if (!fieldError(error.param, error.message)) throw error;
-    $(error.param).focus();
-  } finally {
-    $("generate").ariaDisabled = isActive(state.shown);
+function drawFacts(panes, active) {
+  const [generation] = shownGenerations();
+  $("facts").hidden = active || !generation;
+  if ($("facts").hidden) return;
+  const { seed, model, status, created_at, finished_at, expires_at } = generation;
+  const facts = { Seed: seed };
+  if (panes.length === 1) {
+    const card = cardOf(model);
+    facts.Model = card ? `${model}, ${details(card)}` : model;
+    if (status === "succeeded") facts.Took = seconds((new Date(finished_at) - new Date(created_at)) / 1000);
   }
-});
-
-/** Put the server's sentence beside the field it is about (null takes it away). False when there is no such field. */
-function fieldError(name, message) {
-  const place = name && $(`${name}-error`);
-  if (!place) return false;
-  place.textContent = message ?? "";
-  place.hidden = !message;
-  $(name).setAttribute("aria-invalid", Boolean(message));
-  if (message && name === "seed") $("options").open = true;
-  return true;
-}
-
-/** Show the generation of this id, as it is now and as it goes on. */
-const openGeneration = attempt(async (id) => {
-  try {
-    const generation = await request(`/generate/${id}`);
-    if (location.hash === `#${id}`) watch(generation); // else the person has gone on meanwhile
-  } catch (error) {
-    if (error.status === 404) showStill({ gone: true });
-    throw error;
-  }
-});
-
-function leave() {
-  state.events?.close();
-  state.events = null;
-}
-
-function watch(generation) {
-  leave();
-  setStill(state.images.get(generation.id));
-  show(generation);
-  $("screen").scrollIntoView({ block: "nearest", behavior: lessMotion.matches ? "auto" : "smooth" });
-  if (!isActive(generation)) return;
-  const events = new EventSource(`/generate/${generation.id}/events`);
-  state.events = events;
-  events.addEventListener("generation", ({ data }) => {
-    show(JSON.parse(data));
-    if (isActive(state.shown)) return;
-    leave();
-    refreshGallery();
-  });
-  // It reconnects by itself after a broken connection, but not after an answer that is no stream: then start anew.
-  const retry = async () => {
-    if (state.events === events) await openGeneration(generation.id);
-    if (state.events === events) setTimeout(retry, RETRY_MS);
-  };
-  events.onerror = () => {
-    say("Connection lost, trying again.");
-    if (events.readyState === EventSource.CLOSED) setTimeout(retry, RETRY_MS);
-  };
-}
-
-function show(generation) {
-  state.shown = generation;
-  markGallery();
-  if (isActive(generation)) showProgress(generation);
-  else if (generation.status === "succeeded") showVideo(generation);
-  else showEnd(generation);
-}
-
-function showProgress({ status, phase, progress, prompt, queue_position, eta_seconds }) {
-  setMode("running");
-  const current = status === "queued" ? "queued" : phase ?? "encoding";
-  const position = status === "queued" && queue_position ? `Queued, number ${queue_position} in line` : null;
-  const what = status === "cancelling" ? "Cancelling" : position ?? current[0].toUpperCase() + current.slice(1);
-  say(what);
-  const left = eta_seconds ? `, about ${Math.ceil(eta_seconds)} s left` : "";
-  $("progress-text").textContent = status === "cancelling" ? "Cancelling at the next step" : what + left;
-  $("running-prompt").textContent = prompt;
-  $("progress").value = progress;
-  $("cancel").ariaDisabled = status === "cancelling";
-  drawNoise(0.9 * (1 - progress));
-  const now = PHASES.indexOf(current);
-  $("phases").replaceChildren(...PHASES.map((name, index) => {
-    if (index === now) return el("li", { className: "now", "aria-current": "step" }, name);
-    return el("li", { className: index < now ? "past" : "next" }, name);
-  }));
-}
-
-/** One `dt`, `dd` pair of a list of facts. */
-const fact = (name, value, className = "") => el("div", { className }, el("dt", {}, name), el("dd", {}, String(value)));
-
-
-function showVideo(generation) {
-  setMode("done");
-  const video = $("video");
-  // People who asked for less motion start it themselves.
-  video.autoplay = video.loop = !lessMotion.matches;
-  video.src = here(generation.video_url);
-  $("done-prompt").textContent = generation.prompt;
-  $("download").href = here(generation.video_url);
-  $("download").download = `${generation.id}.mp4`;
-  $("bar").replaceChildren();
-  $("timings").replaceChildren();
-  showFacts(generation);
-  showTimings(generation);
-  say("The video is ready.");
-}
-
-function showFacts({ seed, model, created_at, finished_at, expires_at }) {
-  const took = (new Date(finished_at) - new Date(created_at)) / 1000;
   const until = new Date(expires_at).toLocaleString([], { dateStyle: "medium", timeStyle: "short" });
-  const facts = { Seed: seed, Model: model, Took: seconds(took), "Kept until": until };
+  if (status === "succeeded") facts["Kept until"] = until;
   $("facts").replaceChildren(...Object.entries(facts).map(([name, value]) => fact(name, value)));
 }
 
-/** A bar cut in proportion to the phases, and their seconds in words. */
-async function showTimings({ id, manifest_url }) {
-  const { timings_s } = await request(here(manifest_url)).catch(() => ({}));
-  if (!timings_s || state.shown?.id !== id) return;
-  const phases = PHASES.filter((name) => timings_s[name] > 0);
-  $("bar").replaceChildren(...phases.map((name) => {
+/** How much longer one took than the other, said of these two runs and no more. */
+function drawVerdict(panes) {
+  const runs = panes.map(({ generation, manifest }) => ({ name: generation?.model, ...manifest }));
+  const times = runs.map(({ timings_s }) => timings_s?.denoising).filter(Boolean);
+  $("verdict").hidden = times.length < 2;
+  if (times.length < 2) return;
+  const [fast, slow] = times[0] <= times[1] ? runs : [runs[1], runs[0]];
+  const [least, most] = [Math.min(...times), Math.max(...times)];
+  const ratio = most / least;
+  const figure = ratio >= 10 ? Math.round(ratio) : ratio.toFixed(1);
+  const engines = [...new Set([slow.engine, fast.engine].filter(Boolean))].join(" and ");
+  $("verdict").replaceChildren(
+    el("strong", {}, `${figure} ×`),
+    el("span", {}, ` as long in denoising: ${slow.name} took ${seconds(most)}, ${fast.name} ${seconds(least)}. `),
+    el("small", {}, `One run of each${engines ? ` on ${engines}` : ""}, as busy as this machine was then; no benchmark.`),
+  );
+}
+
+/** For each video a bar cut in proportion to its phases, on one scale, and the seconds in words. */
+function drawCharts(panes) {
+  const charts = panes.filter((pane) => pane.hasSucceeded && pane.manifest?.timings_s);
+  const total = ({ manifest }) => Object.values(manifest.timings_s).reduce((sum, value) => sum + value, 0);
+  const longest = Math.max(...charts.map(total));
+  $("charts").replaceChildren(...charts.map((pane) => chart(pane, total(pane) / longest, panes.length > 1)));
+}
+
+function chart({ generation, manifest: { timings_s: timings } }, share, isOneOfTwo) {
+  const phases = PHASES.filter((name) => timings[name] > 0);
+  const bar = el("div", { className: "bar", "aria-hidden": "true" }, ...phases.map((name) => {
     const piece = el("span", { className: name });
-    piece.style.flexGrow = timings_s[name];
+    piece.style.flexGrow = timings[name];
     return piece;
   }));
-  $("timings").replaceChildren(...phases.map((name) => fact(name, seconds(timings_s[name]), name)));
+  bar.style.width = `${100 * share}%`;
+  const words = el("dl", { className: "timings" }, ...phases.map((name) => fact(name, seconds(timings[name]), name)));
+  const title = isOneOfTwo ? generation.model : "Seconds in each phase";
+  return el("section", { className: "chart" }, el("h3", { className: isOneOfTwo ? "quiet" : "unseen" }, title), bar, words);
 }
 
-function showEnd({ status, error, prompt }) {
-  setMode("ended");
-  const titles = { failed: "This one did not work out", cancelled: "Cancelled", expired: "No longer kept" };
-  $("ended-title").textContent = titles[status];
-  $("ended-text").textContent = error?.message ?? prompt;
-  say(`${titles[status]}. ${error?.message ?? ""}`);
+function drawPlayer(panes) {
+  const isPair = panes.length > 1 && panes.every((pane) => pane.hasSucceeded);
+  $("player").hidden = !isPair;
+  if (!isPair || state.duet) return;
+  const controls = { button: $("play"), slider: $("position"), clock: $("clock") };
+  state.duet = new Duet(panes.map(({ video }) => video), controls);
 }
 
-const cancel = attempt(async () => {
-  if ($("cancel").ariaDisabled === "true") return;
-  const generation = await request(`/generate/${state.shown.id}/cancel`, { method: "POST" });
-  // The stream may have been faster, and have said more.
-  if (isActive(state.shown) && state.shown.id === generation.id) show(generation);
-});
+// --- the request as code ---------------------------------------------------------------------------------------------
 
-const again = attempt(async () => {
-  const { id, prompt } = state.shown;
-  const image = state.images.get(id) ?? (await firstFrame());
-  $("seed").value = "";
-  setPrompt(prompt);
-  if (image !== state.image) setImage(image, null, true);
+/** What is on the stage as a request; while composing, what would be sent. */
+function currentAsk() {
+  const [generation] = shownGenerations();
+  const rest = { origin: location.origin, hasKey: Boolean(key.value) };
+  if (!generation) {
+    const seed = $("seed").value.trim();
+    const image = state.image?.name ?? "image.png";
+    return { image, prompt: prompt.text, seed: seed && /^\d+$/.test(seed) ? seed : null, models: chosenModels(), ...rest };
+  }
+  const { id, metadata, prompt: sentence, seed } = generation;
+  const image = state.images.get(id)?.name ?? metadata.image ?? "image.png";
+  return { image, prompt: sentence, seed, models: shownGenerations().map(({ model }) => model), ...rest };
+}
+
+const language = () => $("code").querySelector("input:checked").value;
+
+function drawCode() {
+  const ask = currentAsk();
+  setText($("snippet"), snippets[language()](ask));
+  const keyHelp = ask.hasKey ? " The key is taken from the variable FASTLIGHTGEN_KEY." : "";
+  const help = {
+    curl: `Run it beside ${ask.image}. The answer is the job; its video_url is the video.`,
+    python: `Run it beside ${ask.image}, with httpx installed. It waits, and keeps the video beside itself.`,
+  };
+  setText($("code-help"), help[language()] + keyHelp);
+}
+
+async function copyCode() {
+  const { textContent } = $("snippet");
+  try {
+    await navigator.clipboard.writeText(textContent);
+  } catch {
+    getSelection().selectAllChildren($("snippet")); // the clipboard is only there on https and localhost
+    setText($("code-help"), "This browser lets no page on http copy: the code is selected, so copy it yourself.");
+    return;
+  }
+  setText($("copy"), "Copied");
+  say("The code is on the clipboard.");
+  setTimeout(() => setText($("copy"), "Copy"), 1_500);
+}
+
+// --- a request -------------------------------------------------------------------------------------------------------
+
+const randomSeed = () => crypto.getRandomValues(new Uint32Array(1))[0];
+
+async function generate() {
+  if ($("generate").ariaDisabled === "true") return;
+  warn("");
+  setText($("refused"), "");
+  for (const name of FIELDS) fieldError(name, null);
+  const models = chosenModels();
+  const ask = { image: state.image, prompt: prompt.text, seed: $("seed").value.trim(), model: models[0] };
+  if (models.length > 1 && !ask.seed) ask.seed = randomSeed(); // of both
+  state.isSending = true;
+  drawGenerate();
+  try {
+    const first = await submit(ask);
+    history.pushState(null, "", `#${first.id}`);
+    if (models.length > 1) await generateBeside(first, { ...ask, model: models[1] });
+    else watch([first]);
+    refreshGallery();
+  } catch (error) {
+    refused(error);
+  } finally {
+    state.isSending = false;
+    drawGenerate();
+  }
+}
+
+/** Ask the second model the same. When it is refused, the first one goes on alone beside what the server said. */
+async function generateBeside(first, ask) {
+  setPanes(2);
+  const [one, two] = state.panes;
+  two.setLabel(ask.model, details(cardOf(ask.model)), cardOf(ask.model).video);
+  two.setStill(ask.image);
+  two.showSending();
+  watchIn(one, first, true);
+  try {
+    const second = await submit({ ...ask, seed: first.seed, beside: first.id });
+    if (state.panes[1] !== two) return; // the person has gone on meanwhile
+    history.replaceState(null, "", `#${first.id}+${second.id}`);
+    watchIn(two, second, true);
+  } catch (error) {
+    if (!(error instanceof RequestError)) throw error;
+    two.showRefused(error);
+    if (error.retryAfter) waitToRetry(error);
+  }
+}
+
+async function submit({ image, prompt: sentence, seed, model, beside }) {
+  const form = new FormData();
+  if (image) form.append("image", image, image.name);
+  form.append("prompt", sentence);
+  if (seed !== "") form.append("seed", seed);
+  if (model) form.append("model", model);
+  // For whoever opens it later: the code names the image, and the gallery knows what belongs together.
+  const notes = { ...(image && image.name.length <= MAX_NAME && { image: image.name }), ...(beside && { beside }) };
+  form.append("metadata", JSON.stringify(notes));
+  const generation = await request("/generate", { method: "POST", body: form });
+  state.images.set(generation.id, image);
+  return generation;
+}
+
+/** Say why the server did not take a request: beside the field it is about, else beside the button. */
+function refused(error) {
+  if (!(error instanceof RequestError)) throw error;
+  if (error.isLocked) return;
+  if (error.status === 503) watchReadiness();
+  if (fieldError(error.param, error.message)) return $(error.param).focus();
+  setText($("refused"), error.message);
+  if (error.retryAfter) waitToRetry(error);
+}
+
+let waitTimer;
+
+/** The button counts down to when the server wants to be asked again. */
+function waitToRetry({ message, retryAfter }) {
+  setText($("refused"), message);
+  state.waitUntil = performance.now() + 1000 * retryAfter;
+  clearInterval(waitTimer);
+  waitTimer = setInterval(() => {
+    drawGenerate();
+    if (performance.now() < state.waitUntil) return;
+    clearInterval(waitTimer);
+    setText($("refused"), "");
+    say("You can try again now.");
+  }, 250);
+  drawGenerate();
+}
+
+function drawGenerate() {
+  const left = Math.ceil((state.waitUntil - performance.now()) / 1000);
+  const text = left > 0 ? `Try again in ${left} s` : state.isSending ? "Sending" : "Generate";
+  setText($("generate-text"), text);
+  // Not `disabled`: that would throw the keyboard out.
+  $("generate").ariaDisabled = left > 0 || state.isSending || state.panes.some((pane) => pane.isActive);
+}
+
+/** Put the server's sentence beside the field it is about (null takes it away). False when there is no such field. */
+function fieldError(name, message) {
+  const place = FIELDS.includes(name) && $(`${name}-error`);
+  if (!place) return false;
+  setText(place, message ?? "");
+  place.hidden = !message;
+  $(name).setAttribute("aria-invalid", Boolean(message));
+  return true;
+}
+
+/** Put what is on the stage back into the form. */
+function restore() {
+  const generations = shownGenerations();
+  if (!generations.length) return;
+  const [{ id, prompt: sentence, seed }] = generations;
+  setModels(state.panes.map((pane) => pane.generation?.model ?? $("other").value));
+  prompt.text = sentence;
+  $("seed").value = seed;
+  const image = state.images.get(id);
+  if (image && image !== state.image) setImage(image, null, true);
+}
+
+/** Once more, from the same picture. */
+const repeat = attempt(async ({ keepSeed }) => {
+  const [generation] = shownGenerations();
+  restore();
+  if (!keepSeed) $("seed").value = "";
+  if (generation && !state.images.has(generation.id)) setImage(await firstFrame(), null, true);
   await generate();
 });
 
-async function copyCurl() {
-  const { id, prompt, seed } = state.shown;
-  const quote = (text) => `'${text.replaceAll("'", "'\\''")}'`;
-  const fields = [`image=@${state.images.get(id)?.name ?? "image.png"}`, `prompt=${prompt}`, `seed=${seed}`];
-  const form = fields.map((field) => `-F ${quote(field)}`).join(" ");
-  const command = `curl ${form} -H 'Prefer: wait=60' ${location.origin}/generate`;
+function keepSeed() {
+  $("seed").value = shownGenerations()[0].seed;
+  fieldError("seed", null);
+  flash($("seed"));
+  say("The next one uses this seed too.");
+}
+
+function drawSeed() {
+  $("seed").value = randomSeed();
+  fieldError("seed", null);
+  drawCode();
+  say(`Seed ${$("seed").value}`);
+}
+
+/** Show where something has come to be. */
+function flash(node) {
+  node.classList.remove("flash");
+  requestAnimationFrame(() => node.classList.add("flash"));
+}
+
+async function remove(generation) {
+  if (!confirm(`Delete “${generation.prompt}” and its video?`)) return false;
   try {
-    await navigator.clipboard.writeText(command);
-  } catch {
-    window.prompt("Copy this command:", command); // the clipboard is only there on https and localhost
-    return;
-  }
-  $("curl").textContent = "Copied";
-  say("The curl command is on the clipboard.");
-  setTimeout(() => ($("curl").textContent = "Copy curl"), 1_500);
-}
-
-// --- the gallery -----------------------------------------------------------------------------------------------------
-
-let galleryTimer;
-
-const refreshGallery = attempt(async () => {
-  const { data } = await request("/generate?limit=24");
-  const focused = document.activeElement?.closest("#gallery li")?.dataset.id;
-  $("gallery").replaceChildren(...data.map(galleryItem));
-  if (focused) $("gallery").querySelector(`[data-id=${focused}] a`)?.focus();
-  $("gallery-empty").hidden = data.length > 0;
-  markGallery();
-  // The one on the stage reports by itself; others that are still under way are looked at now and then.
-  clearTimeout(galleryTimer);
-  const others = data.some((one) => isActive(one) && one.id !== state.shown?.id);
-  if (others) galleryTimer = setTimeout(refreshGallery, GALLERY_POLL_MS);
-});
-
-function galleryItem(generation) {
-  const { id, prompt, status, thumbnail_url } = generation;
-  const picture = thumbnail_url ? el("img", { src: here(thumbnail_url), alt: "" }) : status;
-  const frame = el("span", { className: "frame" }, picture);
-  const link = el("a", { href: `#${id}` }, frame, el("span", { className: "name" }, prompt));
-  const button = { type: "button", className: "remove", title: "Delete", "aria-label": `Delete: ${prompt}` };
-  return el("li", { "data-id": id }, link, el("button", { ...button, onclick: () => removeItem(generation) }, "×"));
-}
-
-/** Mark the one on the stage. */
-function markGallery() {
-  for (const item of $("gallery").children) {
-    const link = item.querySelector("a");
-    if (item.dataset.id === state.shown?.id) link.setAttribute("aria-current", "true");
-    else link.removeAttribute("aria-current");
+    await request(`/generate/${generation.id}`, { method: "DELETE" });
+    if (shownGenerations().some(({ id }) => id === generation.id)) showStill({ gone: true });
+    await gallery.refresh();
+    return true;
+  } catch (error) {
+    report(error);
+    return false;
   }
 }
 
-const removeItem = attempt(async ({ id, prompt }) => {
-  if (!confirm(`Delete “${prompt}” and its video?`)) return;
-  await request(`/generate/${id}`, { method: "DELETE" });
-  const index = [...$("gallery").children].findIndex((item) => item.dataset.id === id);
-  if (state.shown?.id === id) showStill({ gone: true });
-  await refreshGallery();
-  // Keep the keyboard where it was.
-  ($("gallery").children[index] ?? $("gallery").lastElementChild)?.querySelector("a").focus();
-  say("Deleted.");
-});
-
-// --- readiness and the model -----------------------------------------------------------------------------------------
+// --- readiness -------------------------------------------------------------------------------------------------------
 
 let readyTimer;
 
-/** Say what is missing while the service is not ready, and look again. Another model may be serving by then. */
+/** Say what is missing while the service is not ready, and look again. Other models may be serving by then. */
 async function watchReadiness() {
   clearTimeout(readyTimer);
   const answer = await fetch("/readyz").then((response) => response.json()).catch(() => null);
@@ -565,64 +592,80 @@ async function watchReadiness() {
   const text = ready ? "" : `Not ready yet: ${causes}. This page keeps looking.`;
   const recovered = ready && !$("banner").hidden;
   $("banner").hidden = ready;
-  if ($("banner").textContent !== text) $("banner").textContent = text;
-  if (recovered) {
-    warn("");
-    drawExamples();
-    refreshGallery();
+  setText($("banner"), text);
+  if ($("lock").hidden) {
+    if (recovered) {
+      warn("");
+      drawExamples();
+      refreshGallery();
+      if (!shownGenerations().length) attempt(openFromUrl)();
+    }
+    if (answer) await loadModels().catch(() => {});
   }
-  if (answer) await loadModel().catch(() => {});
+  clearTimeout(readyTimer);
   readyTimer = setTimeout(watchReadiness, ready ? READY_POLL_MS.ready : READY_POLL_MS.notReady);
-}
-
-async function loadModel() {
-  const { data } = await request("/models");
-  const [model] = data;
-  if (!model || model.sha256 === state.model?.sha256) return;
-  state.model = model;
-  const { width, height, num_frames, fps } = model.video;
-  const makes = `${width} × ${height} · ${seconds(num_frames / fps)}`;
-  $("model").textContent = `${model.name} · ${model.num_inference_steps} steps · ${makes}`;
-  document.documentElement.style.setProperty("--ratio", width / height);
-  $("noise").height = Math.round(($("noise").width * height) / width);
-  $("prompt-help").textContent = model.prompt.help;
-  $("prompt").placeholder = model.prompt.examples[0] ?? "";
-  drawChips(model.prompt);
-  promptChanged();
 }
 
 // --- start -----------------------------------------------------------------------------------------------------------
 
-function openFromUrl() {
-  const id = location.hash.slice(1);
-  if (!id.startsWith("vid_")) showStill();
-  else if (id !== state.shown?.id) openGeneration(id);
+const idsInUrl = () => location.hash.slice(1).split("+").filter((id) => id.startsWith("vid_")).slice(0, 2);
+
+/** Show what the URL names. */
+async function openFromUrl() {
+  const ids = idsInUrl();
+  if (!ids.length) return showStill();
+  if (ids.join() === shownGenerations().map(({ id }) => id).join()) return;
+  const answers = await Promise.allSettled(ids.map((id) => request(`/generate/${id}`)));
+  if (ids.join() !== idsInUrl().join()) return; // the person has gone on meanwhile
+  const found = answers.filter(({ status }) => status === "fulfilled").map(({ value }) => value);
+  const errors = answers.filter(({ status }) => status === "rejected").map(({ reason }) => reason);
+  if (found.length) {
+    history.replaceState(null, "", `#${found.map(({ id }) => id).join("+")}`);
+    watch(found);
+    if (found.length > 1) setModels(found.map(({ model }) => model));
+  } else if (errors[0].status === 404) showStill({ gone: true });
+  if (errors.length) report(errors[0]);
 }
 
-function listen() {
-  for (const type of ["click", "input", "drop", "paste"]) document.addEventListener(type, () => warn(""), true);
+function listenToForm() {
   $("form").onsubmit = (event) => {
     event.preventDefault();
     generate();
   };
-  $("prompt").oninput = promptChanged;
-  $("seed").oninput = () => fieldError("seed", null);
+  $("lock").onsubmit = (event) => {
+    event.preventDefault();
+    useKey();
+  };
+  $("forget").onclick = forgetKey;
+  $("model").onchange = () => modelChanged($("model"));
+  $("other").onchange = () => modelChanged($("other"));
+  $("compare").onchange = () => modelChanged();
+  $("seed").oninput = () => {
+    fieldError("seed", null);
+    drawCode();
+  };
+  $("die").onclick = drawSeed;
   $("image").onclick = () => ($("image").value = ""); // so that the same file can be chosen again
   $("image").onchange = () => fileFrom($("image"));
-  $("cancel").onclick = cancel;
-  $("again").onclick = again;
-  $("curl").onclick = copyCurl;
-  $("video").onloadeddata = () => {
-    $("still").hidden = $("empty").hidden = true;
-    glowWithVideo();
+  document.addEventListener("keydown", (event) => {
+    if (event.key === "Enter" && (event.ctrlKey || event.metaKey) && $("lock").hidden) generate();
+  });
+}
+
+function listenToStage() {
+  $("again").onclick = () => repeat({ keepSeed: false });
+  $("retry").onclick = () => repeat({ keepSeed: true });
+  $("keep").onclick = keepSeed;
+  $("edit").onclick = () => {
+    restore();
+    showStill();
   };
-  $("video").onerror = () => {
-    if ($("video").hasAttribute("src")) warn("The video could not be played.");
-  };
-  document.onkeydown = (event) => {
-    if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) generate();
-  };
-  // Anywhere on the page: a file that misses the zone must not replace the page.
+  $("copy").onclick = copyCode;
+  for (const radio of $("code").querySelectorAll("input")) radio.onchange = drawCode;
+}
+
+/** Anywhere on the page: a file that misses the zone must not replace the page. */
+function listenToFiles() {
   document.ondragover = (event) => {
     if (!event.dataTransfer.types.includes("Files")) return;
     event.preventDefault();
@@ -638,12 +681,33 @@ function listen() {
   document.onpaste = (event) => {
     if (fileFrom(event.clipboardData)) event.preventDefault();
   };
-  window.onhashchange = openFromUrl;
+}
+
+function listen() {
+  const forget = () => {
+    warn("");
+    if (performance.now() >= state.waitUntil) setText($("refused"), "");
+  };
+  for (const type of ["click", "input", "drop", "paste"]) document.addEventListener(type, forget, true);
+  listenToForm();
+  listenToStage();
+  listenToFiles();
+  onLocked(lock);
+  window.onhashchange = attempt(openFromUrl);
+  // A page that comes back out of the browser's memory has no connection any more.
+  window.onpageshow = ({ persisted }) => persisted && location.reload();
   $("generate").querySelector("kbd").textContent = navigator.platform.startsWith("Mac") ? "⌘ ↵" : "Ctrl ↵";
 }
 
+/** With what the service says, once it may be asked. */
+const begin = attempt(async () => {
+  await attempt(loadModels)();
+  if (!$("lock").hidden) return;
+  setLocked(false);
+  refreshGallery();
+  drawExamples();
+  await openFromUrl();
+});
+
 listen();
-watchReadiness();
-drawExamples();
-refreshGallery();
-if (location.hash) openFromUrl();
+begin().finally(watchReadiness);

@@ -14,7 +14,7 @@ export class Duet {
     this.#videos = videos;
     this.#controls = controls;
     for (const video of videos) {
-      video.loop = video.autoplay = video.controls = false;
+      video.loop = video.autoplay = false;
       video.onended = () => this.#again();
       video.oncanplay = () => this.#begin();
     }
@@ -86,7 +86,7 @@ export class Duet {
     const both = this.#videos.every((video) => !video.paused && !video.ended && !video.seeking);
     if (both && Math.abs(first.currentTime - second.currentTime) > DRIFT_S) second.currentTime = first.currentTime;
     this.#draw();
-    this.#frame = requestAnimationFrame(() => this.#follow());
+    if (this.isPlaying) this.#frame = requestAnimationFrame(() => this.#follow());
   }
 
   #draw() {
@@ -98,6 +98,7 @@ export class Duet {
       button.ariaLabel = isPlaying ? "Pause both videos" : "Play both videos";
     }
     slider.value = this.#length ? this.#time / this.#length : 0;
+    slider.style.setProperty("--at", slider.value);
     slider.setAttribute("aria-valuetext", time);
     setText(clock, time);
   }

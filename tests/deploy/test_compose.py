@@ -111,7 +111,7 @@ def test_redis_is_a_pinned_release_without_known_holes() -> None:
 def test_the_service_image_has_no_torch() -> None:
     installs = [line for line in stages()["build-service"]["RUN"] if "pip install" in line]
     assert len(installs) == 1
-    assert installs[0].endswith("pip install --constraint constraints.txt --editable '.[service]'")
+    assert installs[0].endswith("pip install --constraint constraints.txt --editable '.[service,s3,otel]'")
 
 
 def test_whoever_runs_may_read_the_models() -> None:
@@ -134,7 +134,7 @@ def test_the_gpu_worker_is_the_worker_with_another_torch_and_device() -> None:
         key: value for key, value in cpu.items() if key not in differ
     }
     assert gpu["profiles"] == ["gpu"] and "profiles" not in cpu
-    assert gpu["build"] == {**cpu["build"], "args": {"TORCH_INDEX_URL": "", "EXTRAS": "worker,gpu"}}
+    assert gpu["build"] == {**cpu["build"], "args": {"TORCH_INDEX_URL": "", "EXTRAS": "worker,s3,otel,gpu"}}
     assert gpu["environment"] == {**cpu["environment"], "DEVICE": "cuda"}
 
 

@@ -9,11 +9,12 @@ from rq.command import send_stop_job_command
 from rq.job import Job
 from rq.serializers import JSONSerializer
 
-from service.jobs import JobStore
+from service.auth import Principal
+from service.jobs import Ask, JobStore
 from service.schema import GenerateFields
 from service.settings import Settings
 from tests.stack import ROOT, Stack, run_with, wait_for
-from worker.contract import QUEUE, Status, output_path
+from worker.contract import LOCAL, QUEUE, Status, output_path
 from worker.queues import make_queue
 from worker.records import connect, ready_workers
 from worker.storage import Storage
@@ -48,7 +49,8 @@ def store(own, queue_redis):
 
 @pytest.fixture
 def submit(store, example_image):
-    return lambda: store.submit(GenerateFields(prompt=PROMPT, seed=3), example_image.read_bytes())
+    ask = Ask(GenerateFields(prompt=PROMPT, seed=3), image_sha256="")
+    return lambda: store.submit(Principal(LOCAL, frozenset()), ask, example_image.read_bytes())[0]
 
 
 def status(store, record) -> Status:
