@@ -13,7 +13,6 @@ from distill import evaluate, gate, recipes, reference, student
 from distill.__main__ import main
 from distill.backbones import wan
 from distill.config import ConfigError
-from tests.distill.conftest import one_thread
 from tests.stack import ROOT
 
 ACTIVE, TEACHER = ROOT / "models" / "shapes-4step", ROOT / "models" / "shapes-teacher"
@@ -23,9 +22,12 @@ SMOKE = ["preset=smoke"]
 @pytest.fixture(scope="module", autouse=True)
 def _quickly():
     """Three clips can be drawn again in ten ways: two hundred resamples see them all."""
-    with one_thread(), pytest.MonkeyPatch.context() as patch:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    with pytest.MonkeyPatch.context() as patch:
         patch.setattr(gate, "RESAMPLES", 200)
         yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")
@@ -197,6 +199,11 @@ def test_ratios_are_told_as_ratios_and_have_two_ends():
 def test_a_wrong_limit_says_what_is_wrong(setting, says):
     with pytest.raises(ConfigError, match=says.replace("*", r"\*")):
         recipes.load_gate("shapes", [setting])
+
+
+def test_a_run_that_was_begun_before_there_was_a_gate_goes_on():
+    config = recipes.load("shapes", [])
+    assert type(config).model_validate(config.model_dump(exclude={"gate"})) == config
 
 
 # --- the fixed clips ------------------------------------------------------------------------------------------------
