@@ -170,7 +170,8 @@ class Trial:
 
     def count(self, role: str) -> int:
         """Clips that a role makes: the teacher, which takes by far the longest, those of the reference form alone."""
-        return self.config.reference_clips if role == "teacher" or not self.clips.world else self.config.clips
+        wanted = self.config.reference_clips if role == "teacher" or not self.clips.world else self.config.clips
+        return min(wanted, len(self.clips.prompts))
 
     def judge(self, made: Made) -> Verdict:
         """Hold videos of the fixed clips against all limits."""
@@ -277,7 +278,7 @@ class ShapesClips:
 
 
 def fixed_indices(count: int) -> list[int]:
-    """Closed, open, closed, open ... by index in the dev split."""
+    """Closed, open, closed, open ... by index in the dev split. Raises ``ConfigError`` where it has not so many."""
     everything = range(FIRST_INDEX, min(FIRST_INDEX + 4 * count + 64, shapes.SPLITS["dev"].stop))
     captions, _ = shapes.sample(0, everything)
     closed = [index for index, caption in zip(everything, captions, strict=True) if caption.closed]
@@ -307,11 +308,10 @@ class FolderClips:
                 raise ConfigError(f"{path} has no prompt: write it to {path.with_suffix('.txt').name} beside it")
         self.prompts = [path.with_suffix(".txt").read_text().strip() for path in paths]
         size = (card.video.width, card.video.height)
-        self._images = [Image.open(path).convert("RGB").resize(size, Image.Resampling.LANCZOS) for path in paths]
+        self._images = [_read(path).resize(size, Image.Resampling.LANCZOS) for path in paths]
         pixels_BHWC = torch.stack([torch.from_numpy(np.array(image)) for image in self._images])
-        self.given_BCHW = reference.shrink((pixels_BHWC.permute(0, 3, 1, 2) / 127.5 - 1)[:, :, None], SEEN_SIZE)[
-            :, :, 0
-        ]
+        still_BCTHW = pixels_BHWC.permute(0, 3, 1, 2)[:, :, None] / 127.5 - 1
+        self.given_BCHW = reference.shrink(still_BCTHW, SEEN_SIZE)[:, :, 0]
         self._seeds = [evaluate.noise_seed(config.seed, i) for i in range(len(paths))]
         mixed = hashlib.sha256(b"".join(p.read_bytes() for path in paths for p in (path, path.with_suffix(".txt"))))
         self.version = f"{folder.name} {mixed.hexdigest()[:12]}"
@@ -325,6 +325,13 @@ class FolderClips:
             made = pipe(image=image, prompt=prompt, generator=chance, output_type="pt", **card.call)
             videos.append(reference.shrink(made.frames.float().cpu().transpose(1, 2) * 2 - 1, SEEN_SIZE))
         return torch.cat(videos)
+
+
+def _read(path: Path) -> Image.Image:
+    try:
+        return Image.open(path).convert("RGB")
+    except OSError:
+        raise ConfigError(f"{path} is no image that can be read; put another in its place") from None
 
 
 # --- the limits -----------------------------------------------------------------------------------------------------
@@ -470,6 +477,7 @@ def catch_table(verdicts: dict[str, Verdict]) -> str:
 
 
 def by_form(verdict: Verdict) -> dict[str, bool]:
+    """Whether each form that was asked lets the student through."""
     present = dict.fromkeys(check.form for check in verdict.checks)
     return {form: all(check.ok for check in verdict.checks if check.form == form) for form in present}
 

@@ -285,7 +285,7 @@ def test_the_command_writes_the_report_and_ends_with_0_or_3(tiny_teacher, tmp_pa
 
 def two_images(tmp_path: Path) -> Path:
     folder = tmp_path / "images"
-    folder.mkdir()
+    folder.mkdir(parents=True)
     for name in ("red-circle", "blue-star"):
         shutil.copy(ROOT / "models" / "examples" / f"{name}.png", folder)
         (folder / f"{name}.txt").write_text(f"a {name.replace('-', ' ')} grows\n")
@@ -296,7 +296,10 @@ def test_a_users_error_is_one_line_and_2(tiny_teacher, tmp_path, arguments, caps
     (tmp_path / "images").mkdir()
     shutil.copy(ROOT / "models" / "examples" / "red-circle.png", tmp_path / "images")
     shutil.copy(ROOT / "models" / "examples" / "blue-star.png", tmp_path / "images")
+    spoilt = two_images(tmp_path / "more")
+    (spoilt / "red-circle.png").write_bytes(b"no image")
     wrong = {
+        "no image that can be read": arguments(tiny_teacher, f"gate.clips_from={spoilt}"),
         "no model folder": arguments(tmp_path),
         "no such setting": arguments(tiny_teacher, "gate.ground_truth.scores=1"),
         "wanted two images or more, or shapes-1; got 0": arguments(tiny_teacher, f"gate.clips_from={tmp_path}"),
