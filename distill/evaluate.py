@@ -8,7 +8,6 @@ folders, can be compared clip by clip. Written to the output folder: `report.jso
 from __future__ import annotations
 
 import json
-import os
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -97,8 +96,8 @@ def evaluate(folder: Path, out: Path, config: EvaluateConfig, say: Say) -> list[
         results.append(result)
         shown.append(made_BCTHW)
     out.mkdir(parents=True, exist_ok=True)
-    _write(out / "report.json", json.dumps(_as_json(card, config, vae_psnr_db_T, results)) + "\n")
-    _write(out / "report.md", as_markdown(card, config, vae_psnr_db_T, results))
+    report.write(out / "report.json", json.dumps(_as_json(card, config, vae_psnr_db_T, results)) + "\n")
+    report.write(out / "report.md", as_markdown(card, config, vae_psnr_db_T, results))
     report.bars(out / "metrics.png", _bars(results), title=f"{card.name}, {config.split} split")
     # Half of the sheet closed, half open: draw_clips puts the closed ones first.
     count = len(truth_BCTHW)
@@ -408,9 +407,3 @@ def store_best(folder: Path, results: list[Result]) -> Setting:
     sigmas = schedule.visited(scheduler, best.num_inference_steps)
     student.write_card(folder, card.model_copy(update={"call": call, "sigmas": sigmas}))
     return best
-
-
-def _write(path: Path, text: str) -> None:
-    aside = path.with_suffix(".tmp")
-    aside.write_text(text)
-    os.replace(aside, path)

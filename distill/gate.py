@@ -18,7 +18,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
@@ -147,8 +146,8 @@ def gate(new: Path, active: Path, teacher: Path, out: Path, config: GateConfig, 
     # What stands beside a gate.json belongs to it.
     (out / "gate.json").unlink(missing_ok=True)
     _write_pictures(out, trial, verdict)
-    _write(out / "gate.md", as_markdown(trial, verdict))
-    _write(out / "gate.json", json.dumps(as_json(trial, verdict), indent=2) + "\n")
+    report.write(out / "gate.md", as_markdown(trial, verdict))
+    report.write(out / "gate.json", json.dumps(as_json(trial, verdict), indent=2) + "\n")
     return verdict
 
 
@@ -583,12 +582,4 @@ def plot(path: Path, verdict: Verdict, title: str) -> None:
     axes.set_xlim(-1.05 * PLOTTED, 1.05 * PLOTTED)
     axes.set_xlabel("grey: what is allowed; further out is drawn at the edge")
     axes.set_title(title)
-    aside = path.with_suffix(".tmp.png")
-    figure.savefig(aside, dpi=120)
-    os.replace(aside, path)
-
-
-def _write(path: Path, text: str) -> None:
-    aside = path.with_suffix(".tmp")
-    aside.write_text(text)
-    os.replace(aside, path)
+    report.save(figure, path)

@@ -84,7 +84,7 @@ def measure(video_BCTHW: Tensor, truth: Clips, reconstruct: Callable[[Tensor], T
         "motion_smoothness": _motion_smoothness(fit),
         "imaging_quality": _imaging_quality(video_BCTHW, fitted_BCTHW),
         "validity": (fit.explained_psnr_db_B >= bound_B - VALID_WITHIN_DB).float(),
-        "i2v_fidelity": _ssim(video_BCTHW[:, :, 0], truth.video_BCTHW[:, :, 0]),
+        "i2v_fidelity": ssim(video_BCTHW[:, :, 0], truth.video_BCTHW[:, :, 0]),
         "flicker": (video_BCTHW - fitted_BCTHW).diff(dim=2).abs().mean(dim=(1, 2, 3, 4)) * 127.5,
         "trajectory_error_px": _trajectory_error_px(fit, truth.scene) * only_closed_B,
         "psnr_db": losses.psnr_db(video_BCTHW, truth.video_BCTHW).mean(1) * only_closed_B,
@@ -270,7 +270,7 @@ def _subject_consistency(
     return torch.where(judged_BT.sum(1) > 0, mean_B, 1.0)
 
 
-def _ssim(image_BCHW: Tensor, other_BCHW: Tensor) -> Tensor:
+def ssim(image_BCHW: Tensor, other_BCHW: Tensor) -> Tensor:
     """Structural similarity (Wang et al. 2004) of pictures in [-1, 1], ``[B]``."""
     return torch.as_tensor(
         structural_similarity_index_measure(image_BCHW, other_BCHW, data_range=(-1.0, 1.0), reduction="none")

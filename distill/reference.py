@@ -15,7 +15,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from torchmetrics.functional.image import structural_similarity_index_measure
+
+from distill.metrics import ssim
 
 FLOORS = {"motion": 0.05, "flicker": 0.5, "sharpness": 1e-3, "saturation": 0.01}
 """Figures that are compared as ratios, and below what they count as nothing: of two still clips none moves more."""
@@ -67,7 +68,7 @@ def looks(video_BCTHW: Tensor, given_BCHW: Tensor) -> Looks:
     figures = {
         "motion": 100 * flow_BT2HW.norm(dim=2).mean(dim=(1, 2, 3)) / min(flow_BT2HW.shape[-2:]),
         "flicker": flicker(video),
-        "first_frame_ssim": _ssim(video[:, :, 0], given_BCHW),
+        "first_frame_ssim": ssim(video[:, :, 0], given_BCHW.float()),
         "colour_drift": colour_drift(video),
         "sharpness": sharpness(video),
         "saturation": (video.amax(1) - video.amin(1))[:, 1:].mean(dim=(1, 2, 3)) / 2,
@@ -190,12 +191,6 @@ def dead_frames(video_BCTHW: Tensor) -> Tensor:
     """Share of the frames after the first without a picture, ``[B]``: less than 15 % of the first frame's contrast."""
     contrast_BT = video_BCTHW.std(dim=(3, 4)).mean(1)
     return (contrast_BT[:, 1:] < DEAD_CONTRAST * contrast_BT[:, :1]).float().mean(1)
-
-
-def _ssim(image_BCHW: Tensor, other_BCHW: Tensor) -> Tensor:
-    """Structural similarity (Wang et al. 2004), ``[B]``."""
-    ours, others = image_BCHW.float(), other_BCHW.float()
-    return torch.as_tensor(structural_similarity_index_measure(ours, others, data_range=(-1.0, 1.0), reduction="none"))
 
 
 def _grey(video_BCTHW: Tensor) -> Tensor:

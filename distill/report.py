@@ -45,6 +45,20 @@ def contact_sheet(
     os.replace(aside, path)
 
 
+def write(path: Path, text: str) -> None:
+    """A text, whole or not at all: written aside and renamed."""
+    aside = path.with_suffix(".tmp")
+    aside.write_text(text)
+    os.replace(aside, path)
+
+
+def save(figure: Figure, path: Path) -> None:
+    """A plot as PNG, likewise."""
+    aside = path.with_suffix(".tmp.png")
+    figure.savefig(aside, dpi=120)
+    os.replace(aside, path)
+
+
 def bars(path: Path, groups: dict[str, dict[str, tuple[float, float, float]]], title: str) -> None:
     """Horizontal bars with 95 % intervals: for each name of a metric one bar for each group.
 
@@ -68,9 +82,7 @@ def bars(path: Path, groups: dict[str, dict[str, tuple[float, float, float]]], t
     axes.set_xlim(0, 1.05)
     axes.set_title(title)
     axes.legend(fontsize="small")
-    aside = path.with_suffix(".tmp.png")
-    figure.savefig(aside, dpi=120)
-    os.replace(aside, path)
+    save(figure, path)
 
 
 def columns(path: Path, values: Sequence[float], errors: Sequence[float], kinds: Sequence[str], title: str) -> None:
@@ -85,9 +97,7 @@ def columns(path: Path, values: Sequence[float], errors: Sequence[float], kinds:
     axes.set_yscale("symlog", linthresh=max(min(abs(v) for v in values), 1e-6))
     axes.set_title(title)
     axes.legend(fontsize="small")
-    aside = path.with_suffix(".tmp.png")
-    figure.savefig(aside, dpi=120)
-    os.replace(aside, path)
+    save(figure, path)
 
 
 def events(folder: Path) -> list[dict[str, Any]]:
@@ -118,9 +128,7 @@ def run_report(folder: Path, lines: dict[str, str]) -> None:
         seen = ", ".join(f"{k} {v:.4g}" for k, v in last[stage].items() if isinstance(v, float))
         text.append(f"| {stage} | {seconds / 60:.1f} | {seen} |")
     text += ["", "![importance](importance.png)", "", "Drawn, teacher, student:", "", "![samples](samples/student.png)"]
-    aside = folder / "report.tmp"
-    aside.write_text("\n".join(text) + "\n")
-    os.replace(aside, folder / "report.md")
+    write(folder / "report.md", "\n".join(text) + "\n")
 
 
 def animation(path: Path, videos_BCTHW: list[Tensor], fps: int, columns: int = 2, scale: int = 2) -> None:

@@ -9,13 +9,12 @@ import sys
 from datetime import UTC, datetime
 
 import uvicorn
-from pydantic import ValidationError
 from redis.exceptions import RedisError
 
 from service import webhooks
 from service.app import create_app
 from service.auth import SCOPES, BadKey, Keys, new_key
-from service.settings import Settings
+from service.settings import Settings, read
 from worker import logs, tracing
 from worker.contract import LOCAL
 from worker.records import connect, connect_async
@@ -27,14 +26,7 @@ log = logging.getLogger("service")
 def main() -> int:
     """Exit code 2: a setting or an argument is wrong."""
     options = _parser().parse_args()
-    try:
-        settings = Settings()
-    except ValidationError as error:
-        for problem in error.errors():
-            name = ".".join(str(part) for part in problem["loc"]).upper()
-            got = "" if name in ("ADMIN_KEY", "") else f"={problem['input']}"
-            sys.stderr.write(f"error: {name}{got}: {problem['msg']}\n")
-        return 2
+    settings = read()
     try:
         if options.command == "keys":
             return _keys(options, settings)

@@ -7,6 +7,7 @@ at its end.
 
 from __future__ import annotations
 
+import hashlib
 import math
 from dataclasses import dataclass
 from typing import cast
@@ -15,7 +16,7 @@ from redis import Redis
 
 from service.auth import Principal
 from service.errors import ApiError
-from worker.contract import SLOTS_KEY, SLOTS_MS_KEY, SLOTS_TOTAL_KEY, Record, active_key, record_key
+from worker.contract import METRICS_KEY, SLOTS_KEY, SLOTS_MS_KEY, SLOTS_TOTAL_KEY, Record, active_key
 from worker.records import FREE, now
 
 _RESERVED_S = 90
@@ -26,49 +27,49 @@ _RETRY_S = 60
 _RETRY_AFTER_S = (1, 120)
 """Common clients give up when they are told to wait longer."""
 
-# KEYS: 1 record, 2 slots, 3 their ms, 4 their total, 5 the owner's slots, 6 the owner's rate, 7 idempotency key or "",
-# 8 same request, 9 queued ids. ARGV: 1 id, 2 owner, 3 fingerprint, 4 now (s), 5 until when the place is reserved (s),
+# KEYS: 1 slots, 2 their ms, 3 their total, 4 the owner's slots, 5 the owner's rate, 6 idempotency key or "", 7 same
+# request, 8 queued ids. ARGV: 1 id, 2 owner, 3 fingerprint, 4 now (s), 5 until when the place is reserved (s),
 # 6 expected ms, 7 most jobs of the owner, 8 most requests a minute, 9 most queued, 10 most ms to wait, 11 workers,
 # 12 seconds to keep the idempotency key, 13 seconds to know a retry, 14 "1" for a retry.
 _ADMIT = (
     FREE
     + """
 local now = tonumber(ARGV[4])
-for _, id in ipairs(redis.call('ZRANGEBYSCORE', KEYS[2], '-inf', now)) do free(id, ARGV[2]) end
-redis.call('ZREMRANGEBYSCORE', KEYS[5], '-inf', now)
+for _, id in ipairs(redis.call('ZRANGEBYSCORE', KEYS[1], '-inf', now)) do free(id, ARGV[2]) end
+redis.call('ZREMRANGEBYSCORE', KEYS[4], '-inf', now)
 
 local function under_way(id)
-    return redis.call('EXISTS', 'flg:job:' .. id) == 1 or redis.call('ZSCORE', KEYS[2], id)
+    return redis.call('EXISTS', 'flg:job:' .. id) == 1 or redis.call('ZSCORE', KEYS[1], id)
 end
-if KEYS[7] ~= '' then
-    local before, id = unpack(redis.call('HMGET', KEYS[7], 'fingerprint', 'id'))
+if KEYS[6] ~= '' then
+    local before, id = unpack(redis.call('HMGET', KEYS[6], 'fingerprint', 'id'))
     if id and under_way(id) then return {before == ARGV[3] and 'again' or 'conflict', id} end
 elseif ARGV[14] == '1' then
-    local id = redis.call('GET', KEYS[8])
+    local id = redis.call('GET', KEYS[7])
     if id and under_way(id) then return {'again', id} end
 end
 
-local wait, per_minute, due = 0, tonumber(ARGV[8]), 0
+local per_minute, due = tonumber(ARGV[8]), 0
 if per_minute > 0 then
-    due = math.max(tonumber(redis.call('GET', KEYS[6]) or now), now) + 60 / per_minute
+    due = math.max(tonumber(redis.call('GET', KEYS[5]) or now), now) + 60 / per_minute
     if due - now > 60.001 then return {'rate', tostring(due - now - 60)} end
 end
 local most = tonumber(ARGV[7])
-if most > 0 and redis.call('ZCARD', KEYS[5]) >= most then return {'jobs', tostring(most)} end
-local reserved = redis.call('ZCOUNT', KEYS[2], '-inf', '(+inf')
-if redis.call('SCARD', KEYS[9]) + reserved >= tonumber(ARGV[9]) then return {'full', ARGV[9]} end
-local ms = tonumber(redis.call('GET', KEYS[4]) or 0) / tonumber(ARGV[11])
+if most > 0 and redis.call('ZCARD', KEYS[4]) >= most then return {'jobs', tostring(most)} end
+local reserved = redis.call('ZCOUNT', KEYS[1], '-inf', '(+inf')
+if redis.call('SCARD', KEYS[8]) + reserved >= tonumber(ARGV[9]) then return {'full', ARGV[9]} end
+local ms = tonumber(redis.call('GET', KEYS[3]) or 0) / tonumber(ARGV[11])
 if ms > tonumber(ARGV[10]) then return {'wait', tostring(ms / 1000)} end
 
-if per_minute > 0 then redis.call('SET', KEYS[6], tostring(due), 'EX', 120) end
-redis.call('ZADD', KEYS[2], ARGV[5], ARGV[1])
-redis.call('ZADD', KEYS[5], ARGV[5], ARGV[1])
-redis.call('HSET', KEYS[3], ARGV[1], ARGV[6])
-redis.call('INCRBY', KEYS[4], ARGV[6])
-redis.call('SET', KEYS[8], ARGV[1], 'EX', ARGV[13])
-if KEYS[7] ~= '' then
-    redis.call('HSET', KEYS[7], 'fingerprint', ARGV[3], 'id', ARGV[1])
-    redis.call('EXPIRE', KEYS[7], ARGV[12])
+if per_minute > 0 then redis.call('SET', KEYS[5], tostring(due), 'EX', 120) end
+redis.call('ZADD', KEYS[1], ARGV[5], ARGV[1])
+redis.call('ZADD', KEYS[4], ARGV[5], ARGV[1])
+redis.call('HSET', KEYS[2], ARGV[1], ARGV[6])
+redis.call('INCRBY', KEYS[3], ARGV[6])
+redis.call('SET', KEYS[7], ARGV[1], 'EX', ARGV[13])
+if KEYS[6] ~= '' then
+    redis.call('HSET', KEYS[6], 'fingerprint', ARGV[3], 'id', ARGV[1])
+    redis.call('EXPIRE', KEYS[6], ARGV[12])
 end
 return {'new', tostring(ms / 1000)}
 """
@@ -86,6 +87,17 @@ if redis.call('GET', KEYS[2]) == ARGV[1] then redis.call('DEL', KEYS[2]) end
 
 
 @dataclass(frozen=True)
+class Terms:
+    """What a client says of a request beside what it asks for."""
+
+    idempotency_key: str | None = None
+    is_retry: bool = False
+    """It has sent this before."""
+    start_within_s: float = math.inf
+    finish_within_s: float = math.inf
+
+
+@dataclass(frozen=True)
 class Request:
     """What admission has to know of a request for a video."""
 
@@ -96,12 +108,7 @@ class Request:
     """The same for the same body."""
     expected_s: float
     """How long a worker will be at it."""
-    idempotency_key: str | None = None
-    """A hash of what the client sent."""
-    is_retry: bool = False
-    """The client says that it has sent this before."""
-    start_within_s: float = math.inf
-    finish_within_s: float = math.inf
+    terms: Terms = Terms()
 
 
 @dataclass(frozen=True)
@@ -131,12 +138,9 @@ class Admission:
         Raises:
             ApiError: 422 the Idempotency-Key belongs to another body, 429 the key's limits, 503 everybody's.
         """
-        owner, moment = request.principal.id, now()
-        max_wait_s = min(
-            self._max_wait_s, request.start_within_s, max(0.0, request.finish_within_s - request.expected_s)
-        )
+        owner, terms, moment = request.principal.id, request.terms, now()
+        max_wait_s = min(self._max_wait_s, terms.start_within_s, max(0.0, terms.finish_within_s - request.expected_s))
         keys = [
-            record_key(request.id),
             SLOTS_KEY,
             SLOTS_MS_KEY,
             SLOTS_TOTAL_KEY,
@@ -159,7 +163,7 @@ class Admission:
             max(1, num_workers),
             _IDEMPOTENT_S,
             _RETRY_S,
-            int(request.is_retry),
+            int(terms.is_retry),
         ]
         verdict, value = cast(list[str], self._admit(keys=keys, args=args))
         if verdict == "new":
@@ -175,7 +179,7 @@ class Admission:
 
     def count_refusal(self, reason: str) -> None:
         """For the metrics."""
-        self._redis.hincrby("flg:metrics", f"admission_rejected_total|reason={reason}", 1)
+        self._redis.hincrby(METRICS_KEY, f"admission_rejected_total|reason={reason}", 1)
 
     def _refusal(self, verdict: str, value: str, request: Request, num_workers: int) -> ApiError:
         if verdict == "conflict":
@@ -196,7 +200,8 @@ class Admission:
             return ApiError(503, "queue_full", message, retry_after_s=wait_s)
         work_s = float(value)
         if work_s <= self._max_wait_s:
-            wait_s = _retry_after(work_s - min(request.start_within_s, request.finish_within_s - request.expected_s))
+            terms = request.terms
+            wait_s = _retry_after(work_s - min(terms.start_within_s, terms.finish_within_s - request.expected_s))
             message = f"a job that is sent now begins in about {work_s:.0f} s, which is after its deadline"
             return ApiError(503, "deadline_out_of_reach", message, retry_after_s=wait_s)
         wait_s = _retry_after(work_s - self._max_wait_s)
@@ -205,8 +210,10 @@ class Admission:
 
 
 def _request_keys(request: Request) -> list[str]:
-    owner, key = request.principal.id, request.idempotency_key
-    return [f"flg:idempotent:{owner}:{key}" if key else "", f"flg:same:{owner}:{request.fingerprint}"]
+    owner, key = request.principal.id, request.terms.idempotency_key
+    # A hash: what the client sent may be of any length, and hold a colon.
+    hashed = key and hashlib.sha256(key.encode()).hexdigest()
+    return [f"flg:idempotent:{owner}:{hashed}" if hashed else "", f"flg:same:{owner}:{request.fingerprint}"]
 
 
 def _retry_after(seconds: float) -> int:

@@ -20,6 +20,7 @@ from redis import Redis
 from redis.asyncio import Redis as AsyncRedis
 
 from service.errors import ApiError
+from service.ids import ALPHABET
 from service.settings import Settings
 from worker.contract import KEYS_KEY, LOCAL, api_key_key
 from worker.records import now
@@ -28,10 +29,9 @@ SCOPES = ("generate", "read", "admin", "metrics")
 """generate: ask for videos, cancel, delete. read: look at one's own. admin: students, workers. metrics: `/metrics`."""
 
 _KEY = re.compile(r"fl_([0-9a-z]{8})_([0-9A-Za-z_-]{43,128})")
-_ID_ALPHABET = "0123456789abcdefghjkmnpqrstvwxyz"
 _REMEMBERED_S = 1.0
 """A key that was revoked works for so long yet: each request would cost a call to Redis otherwise."""
-_CHALLENGE = {"WWW-Authenticate": 'Bearer realm="fastlightgen"'}
+CHALLENGE = {"WWW-Authenticate": 'Bearer realm="fastlightgen"'}
 
 
 @dataclass(frozen=True)
@@ -95,7 +95,7 @@ class BadKey(ValueError):
 
 def new_key() -> str:
     """The text of a key that nobody has."""
-    key_id = "".join(secrets.choice(_ID_ALPHABET) for _ in range(8))
+    key_id = "".join(secrets.choice(ALPHABET) for _ in range(8))
     return f"fl_{key_id}_{secrets.token_urlsafe(32)}"
 
 
@@ -174,7 +174,7 @@ class Authenticator:
         """``redis`` decodes responses."""
         self._settings = settings
         self._redis = redis
-        self._known: TTLCache[str, dict[str, str]] = TTLCache(10_000, _REMEMBERED_S)
+        self._known: TTLCache[str, Key] = TTLCache(10_000, _REMEMBERED_S)
 
     async def principal(self, request: Request) -> Principal | None:
         """Who asks; None for somebody without a key where one is needed.
@@ -191,28 +191,32 @@ class Authenticator:
             return None
         if not found:
             raise _wrong_key()
-        key_id = found[1]
-        values = self._known.get(key_id)
-        if values is None:
-            values = cast(dict[str, str], await self._redis.hgetall(api_key_key(key_id)))
-            if values:
-                self._known[key_id] = values
-        if not hmac.compare_digest(_sha256(text).encode(), values.get("sha256", "").encode()):
+        key = await self._key(found[1])
+        # Bytes: a text that is not ASCII cannot be compared in constant time.
+        if key is None or not hmac.compare_digest(_sha256(found[0]).encode(), key.sha256.encode()):
             raise _wrong_key()
-        key = Key.from_hash(key_id, values)
         return Principal(
-            id=key_id,
+            id=key.id,
             scopes=frozenset(key.scopes),
             max_jobs=self._settings.key_max_jobs if key.max_jobs is None else key.max_jobs,
             per_minute=self._settings.key_per_minute if key.per_minute is None else key.per_minute,
         )
+
+    async def _key(self, key_id: str) -> Key | None:
+        if (known := self._known.get(key_id)) is not None:
+            return known
+        values = cast(dict[str, str], await self._redis.hgetall(api_key_key(key_id)))
+        if not values:
+            return None
+        key = self._known[key_id] = Key.from_hash(key_id, values)
+        return key
 
     async def require(self, request: Request, scope: str) -> Principal:
         """Who asks, if it may. Raises ``ApiError`` 401, 403."""
         principal = await self.principal(request)
         if principal is None:
             message = "this needs an API key: send it as `Authorization: Bearer fl_...`"
-            raise ApiError(401, "missing_key", message, headers=_CHALLENGE)
+            raise ApiError(401, "missing_key", message, headers=CHALLENGE)
         if scope not in principal.scopes:
             has = ", ".join(sorted(principal.scopes))
             raise ApiError(403, "scope_missing", f"this needs a key with the scope {scope!r}; yours has {has}")
@@ -228,7 +232,7 @@ def _sent_key(request: Request) -> str | None:
 
 def _wrong_key() -> ApiError:
     message = "the API key is not one of this service's: it is mistyped, or has been revoked"
-    return ApiError(401, "wrong_key", message, headers=_CHALLENGE)
+    return ApiError(401, "wrong_key", message, headers=CHALLENGE)
 
 
 def _parts(text: str) -> tuple[str, str]:

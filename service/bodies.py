@@ -9,17 +9,31 @@ from contextlib import asynccontextmanager
 from typing import Any
 
 from fastapi import Request
+from pydantic import ValidationError
 from python_multipart.exceptions import FormParserError
 from starlette.datastructures import FormData
 from starlette.formparsers import FormParser, MultiPartException, MultiPartParser
 
 from service.errors import ApiError
+from service.schema import GenerateFields
 
 _MAX_FILES = 2
 _MAX_NAME = 200
 _MAX_VALUES = 10_000
 """Three bytes of JSON, `[],`, are a hundred once they are read, and each costs time."""
 _CHARSET = re.compile(r';\s*charset\s*=\s*"?([^";\s]*)', re.IGNORECASE)
+
+
+FORM, JSON = "multipart/form-data", "application/json"
+
+
+def kind_of(request: Request, *kinds: str) -> str:
+    """The media type of a body, if it is one of these. Raises ``ApiError`` 415."""
+    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if kind not in kinds:
+        message = f"Content-Type: got {kind[:64] or 'none'!r}; send {FORM} or {JSON}"
+        raise ApiError(415, "content_type", message)
+    return kind
 
 
 @asynccontextmanager
@@ -102,6 +116,23 @@ def object_of(body: bytes) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise _bad_json(f"the body is a JSON {type(values).__name__}; wanted an object")
     return values
+
+
+def fields_of(values: dict[str, Any]) -> GenerateFields:
+    """What a video is asked for with, but for its image. Raises ``ApiError`` 422."""
+    try:
+        return GenerateFields.model_validate(values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        name = ".".join(str(part) for part in first["loc"])[:64]  # of metadata it has the client's own key
+        known = ", ".join(["image", *GenerateFields.model_fields])
+        hint = f"there is no such field; there are {known}" if first["type"] == "extra_forbidden" else first["msg"]
+        raise ApiError(422, "invalid_field", f"{name or 'the body'}: {hint}", param=name or None) from None
+
+
+def filled_in(values: dict[str, Any]) -> dict[str, Any]:
+    """A form's fields without the empty ones, which are those that nobody has filled in; an empty prompt is refused."""
+    return {name: value for name, value in values.items() if value != "" or name == "prompt"}
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

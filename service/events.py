@@ -75,11 +75,6 @@ class Hub:
         self._queue_has_moved = False
         """Since places in it were told."""
 
-    @property
-    def num_followers(self) -> int:
-        """For the metrics."""
-        return sum(map(len, self._watches.values()))
-
     @contextmanager
     def watching(self, job_id: str) -> Iterator[Watch]:
         """A bell that rings when the job changes."""

@@ -1,4 +1,4 @@
-"""`JobStore`: videos that are asked for. Takes requests, keeps their files, and says how long they will take."""
+"""`JobStore`: videos that are asked for. Takes requests, keeps their files, removes what has had its time."""
 
 from __future__ import annotations
 
@@ -9,8 +9,6 @@ import math
 import re
 import secrets
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import cast
 
@@ -18,10 +16,10 @@ from redis import Redis
 from redis.exceptions import RedisError
 
 from service import admission, images, webhooks
-from service.admission import Admission
+from service.admission import Admission, Terms
 from service.auth import Principal
 from service.errors import ApiError
-from service.fleet import Lookout
+from service.fleet import Fleet, Lookout
 from service.ids import created_at, new_id
 from service.schema import GenerateFields
 from service.settings import Settings
@@ -46,11 +44,7 @@ class Ask:
     fields: GenerateFields
     image_sha256: str
     """Of the image as it came, or of its URL."""
-    idempotency_key: str | None = None
-    is_retry: bool = False
-    """The client says that it has sent this before."""
-    start_within_s: float = math.inf
-    finish_within_s: float = math.inf
+    terms: Terms = field(default_factory=Terms)
     request_id: str | None = None
     trace: str | None = None
     remixed_from: str | None = None
@@ -71,8 +65,12 @@ class Reserved:
     request: admission.Request = field(repr=False)
 
 
+def _deadline(moment: float, within_s: float) -> float | None:
+    return moment + within_s if math.isfinite(within_s) else None
+
+
 class JobStore(Store[Record]):
-    """Submit, look ahead, delete, remove what has had its time; the rest is `Store`."""
+    """Submit, delete, remove what has had its time; the rest is `Store`."""
 
     def __init__(self, settings: Settings, redis: Redis, queue_redis: Redis, storage: Storage) -> None:
         """``redis`` decodes responses; ``queue_redis`` (for rq) does not."""
@@ -100,7 +98,7 @@ class JobStore(Store[Record]):
             ApiError: what is wrong with the request, or why no job can be taken now.
         """
         fleet = self.lookout.fleet()
-        card = self._model(fleet.models, ask.fields)
+        card = self._model(fleet, ask.fields)
         if ask.fields.webhook_url is not None:
             webhooks.check_webhook_url(ask.fields.webhook_url, self._settings.private_hosts)
         prompt = self._prompt(card, ask.fields.prompt)
@@ -110,10 +108,7 @@ class JobStore(Store[Record]):
             principal=principal,
             fingerprint=ask.fingerprint,
             expected_s=fleet.expected_s(card),
-            idempotency_key=ask.idempotency_key and hashlib.sha256(ask.idempotency_key.encode()).hexdigest(),
-            is_retry=ask.is_retry,
-            start_within_s=ask.start_within_s,
-            finish_within_s=ask.finish_within_s,
+            terms=ask.terms,
         )
         admitted = self._admission.admit(request, fleet.num_workers)
         if not admitted.is_new:
@@ -131,8 +126,8 @@ class JobStore(Store[Record]):
             webhook_url=ask.fields.webhook_url,
             metadata=ask.fields.metadata or {},
             remixed_from=ask.remixed_from,
-            start_by=moment + ask.start_within_s if math.isfinite(ask.start_within_s) else None,
-            finish_by=moment + ask.finish_within_s if math.isfinite(ask.finish_within_s) else None,
+            start_by=_deadline(moment, ask.terms.start_within_s),
+            finish_by=_deadline(moment, ask.terms.finish_within_s),
             expected_at=moment + admitted.wait_s + request.expected_s if fleet.seconds_of(card) else None,
             request_id=ask.request_id,
             trace=ask.trace,
@@ -146,7 +141,7 @@ class JobStore(Store[Record]):
             ApiError: what is wrong with the image.
         """
         record, size = reserved.record, reserved.card.video
-        with self.releasing(reserved):
+        try:
             picture = images.clean(image, size.width, size.height, self._settings.max_pixels)
             try:
                 self._storage.write(input_path(record.id), picture)
@@ -155,19 +150,17 @@ class JobStore(Store[Record]):
             except BaseException:
                 self._forget(record.id)
                 raise
+        except BaseException:
+            self.release(reserved)
+            raise
         return record
 
-    @contextmanager
-    def releasing(self, reserved: Reserved) -> Iterator[None]:
-        """Gives the place back when what happens inside fails."""
+    def release(self, reserved: Reserved) -> None:
+        """Give a place back: what it was reserved for has failed."""
         try:
-            yield
-        except BaseException:
-            try:
-                self._admission.release(reserved.request)
-            except RedisError:
-                log.warning("%s: its place could not be given back; it runs out by itself", reserved.record.id)
-            raise
+            self._admission.release(reserved.request)
+        except RedisError:
+            log.warning("%s: its place could not be given back; it runs out by itself", reserved.record.id)
 
     def _as_it_became(self, job_id: str) -> Record:
         deadline = time.monotonic() + _IN_FLIGHT_S
@@ -179,13 +172,13 @@ class JobStore(Store[Record]):
         return record
 
     @staticmethod
-    def _model(models: tuple[ModelCard, ...], fields: GenerateFields) -> ModelCard:
-        if not models:
+    def _model(fleet: Fleet, fields: GenerateFields) -> ModelCard:
+        if not fleet.models:
             message = "no worker has been ready yet, so no model is known; try again when /readyz answers 200"
             raise ApiError(503, "no_model", message, retry_after_s=5)
-        card = next((card for card in models if fields.model in (None, card.name)), None)
+        card = fleet.model(fields.model)
         if card is None:
-            there = ", ".join(repr(card.name) for card in models)
+            there = ", ".join(repr(card.name) for card in fleet.models)
             message = f"model: got {fields.model!r}; the models that can be asked for are {there}"
             raise ApiError(422, "unknown_model", message, param="model")
         if fields.steps not in (None, card.num_inference_steps):
@@ -207,23 +200,6 @@ class JobStore(Store[Record]):
             self._admission.count_refusal("disk")
             message = "the disk is nearly full, so no new video can be kept; an administrator has to make room"
             raise ApiError(507, "disk_full", message, retry_after_s=120)
-
-    # --- look ahead -----------------------------------------------------------------------------------------------
-
-    def outlooks(self, records: list[Record]) -> list[tuple[int | None, float | None]]:
-        """For each: place in the queue (1 is next) and seconds until done, None where not known or not due."""
-        if all(record.status.is_terminal for record in records):
-            return [(None, None)] * len(records)
-        fleet = self.lookout.fleet()
-        positions = self._positions([record.id for record in records if record.status is Status.QUEUED])
-        return [(positions.get(record.id), fleet.eta_s(record, positions.get(record.id))) for record in records]
-
-    def _positions(self, ids: list[str]) -> dict[str, int]:
-        with self._queue.connection.pipeline(transaction=False) as pipeline:
-            for job_id in ids:
-                pipeline.lpos(self._queue.key, job_id)
-            indices = cast(list[int | None], pipeline.execute()) if ids else []
-        return {job_id: index + 1 for job_id, index in zip(ids, indices, strict=True) if index is not None}
 
     # --- delete ---------------------------------------------------------------------------------------------------
 

@@ -12,8 +12,9 @@ import re
 from collections.abc import Iterable
 from typing import Any, Literal
 
-from pydantic import BaseModel, Field, ValidationError
+from pydantic import BaseModel, Field
 
+from service import bodies
 from service.errors import ApiError
 from service.schema import GenerateFields, Generation
 from worker.contract import ModelCard, Status, VideoSize
@@ -200,14 +201,6 @@ def nested(items: Iterable[tuple[str, object]]) -> dict[str, Any]:
     return values
 
 
-def object_of(text: str | bytes) -> dict[str, Any]:
-    """The fields of a JSON body. Raises ``ApiError`` 422."""
-    values = _parse(text, "the body")
-    if not isinstance(values, dict):
-        raise ApiError(422, "bad_json", f"the body is a JSON {type(values).__name__}; wanted an object")
-    return values
-
-
 def picture_in(reference: object) -> str | bytes:
     """What an ``input_reference`` holds: a file's bytes, or the text of a URL.
 
@@ -220,7 +213,7 @@ def picture_in(reference: object) -> str | bytes:
     found = reference
     for _ in range(5):  # nothing that clients send is deeper
         if isinstance(found, str) and found.lstrip().startswith(("{", "[")):
-            found = _parse(found, "input_reference")
+            found = _parse(found)
         elif isinstance(found, list) and len(found) == 1:
             [found] = found
         elif isinstance(found, dict):
@@ -241,25 +234,18 @@ def picture_in(reference: object) -> str | bytes:
     return found
 
 
-def _parse(text: str | bytes, what: str) -> object:
+def _parse(text: str) -> object:
     try:
         return json.loads(text)
     except (ValueError, RecursionError) as error:
-        param = None if what == "the body" else what
-        raise ApiError(422, "bad_json", f"{what} is not JSON: {error}", param=param) from None
+        message = f"input_reference is not JSON: {error}"
+        raise ApiError(422, "bad_json", message, param="input_reference") from None
 
 
 def fields_of(values: dict[str, Any]) -> GenerateFields:
     """What of ``values`` a generation can be asked for with; the rest is left alone. Raises ``ApiError`` 422."""
     known = {name: values[name] for name in GenerateFields.model_fields if name in values}
-    # An empty field of a form is one that was not filled in.
-    given = {name: value for name, value in known.items() if value != "" or name == "prompt"}
-    try:
-        return GenerateFields.model_validate(given)
-    except ValidationError as error:
-        first = error.errors()[0]
-        name = ".".join(str(part) for part in first["loc"])[:64]  # of metadata it has the client's own key
-        raise ApiError(422, "invalid_field", f"{name}: {first['msg']}", param=name) from None
+    return bodies.fields_of(bodies.filled_in(known))
 
 
 def check_format(values: dict[str, Any], card: ModelCard) -> None:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import sys
 from functools import cached_property
 from ipaddress import ip_address
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, HttpUrl, SecretStr, field_validator, model_validator
+from pydantic import Field, HttpUrl, SecretStr, ValidationError, field_validator, model_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 Hosts = Annotated[frozenset[str], NoDecode]
@@ -95,3 +96,15 @@ class Settings(BaseSettings):
     def needs_key(self) -> bool:
         """Whether a request without an API key is refused."""
         return self.auth == "on" or (self.auth == "auto" and not self.is_local)
+
+
+def read() -> Settings:
+    """The settings of this process; ends it with exit code 2 and a line for each value that is wrong."""
+    try:
+        return Settings()
+    except ValidationError as error:
+        for problem in error.errors():
+            name = ".".join(str(part) for part in problem["loc"]).upper()
+            got = "" if name in ("ADMIN_KEY", "") else f"={problem['input']}"  # a secret, or all settings together
+            sys.stderr.write(f"error: {name}{got}: {problem['msg']}\n")
+        raise SystemExit(2) from None

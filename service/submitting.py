@@ -13,6 +13,7 @@ from fastapi import Depends, Header, Request
 from starlette.concurrency import run_in_threadpool
 
 from service import events, fetch, images
+from service.admission import Terms
 from service.auth import Principal
 from service.deps import Context
 from service.errors import ApiError
@@ -56,10 +57,7 @@ def image_of(text: str, context: Context) -> Image:
 class SubmitHeaders:
     """What the headers of a request for a video say."""
 
-    idempotency_key: str | None
-    is_retry: bool
-    start_within_s: float
-    finish_within_s: float
+    terms: Terms
     request_id: str | None
 
     def ask(self, fields: GenerateFields, image: Image, remixed_from: str | None = None) -> Ask:
@@ -68,10 +66,7 @@ class SubmitHeaders:
         return Ask(
             fields=fields,
             image_sha256=hashlib.sha256(source).hexdigest(),
-            idempotency_key=self.idempotency_key,
-            is_retry=self.is_retry,
-            start_within_s=self.start_within_s,
-            finish_within_s=self.finish_within_s,
+            terms=self.terms,
             request_id=self.request_id,
             trace=tracing.current_traceparent(),
             remixed_from=remixed_from,
@@ -90,11 +85,15 @@ async def _submit_headers(
     if idempotency_key is not None and not re.fullmatch(r"[\x21-\x7e]{1,255}", idempotency_key):
         message = "Idempotency-Key: wanted 1 to 255 printable ASCII characters without spaces"
         raise ApiError(422, "invalid_header", message, param="Idempotency-Key")
-    return SubmitHeaders(
+    count = x_stainless_retry_count or ""
+    terms = Terms(
         idempotency_key=idempotency_key,
-        is_retry=(x_stainless_retry_count or "0").isdecimal() and int((x_stainless_retry_count or "0")[:9]) > 0,
+        is_retry=count.isdecimal() and int(count[:9]) > 0,
         start_within_s=_seconds("X-Deadline-Start", x_deadline_start),
         finish_within_s=_seconds("X-Deadline", x_deadline),
+    )
+    return SubmitHeaders(
+        terms,
         request_id=request.scope.get("state", {}).get("request_id"),
     )
 
@@ -127,8 +126,11 @@ async def submit(
     reserved = await run_in_threadpool(store.reserve, principal, headers.ask(fields, image, remixed_from))
     if isinstance(reserved, Record):
         return reserved, False
-    with store.releasing(reserved):
+    try:
         data = await fetch.fetch_image(context.outside, image.url, context.settings.max_body_bytes, _FETCH_S)
+    except BaseException:
+        await run_in_threadpool(store.release, reserved)
+        raise
     return await run_in_threadpool(store.complete, reserved, data), True
 
 

@@ -23,7 +23,6 @@ from email.utils import parsedate_to_datetime
 from typing import Any, cast
 
 import httpx
-from pydantic import ValidationError
 from redis.asyncio import Redis as AsyncRedis
 from redis.exceptions import RedisError
 from standardwebhooks import Webhook
@@ -33,7 +32,7 @@ from service.errors import ApiError
 from service.guard import Blocked, check_url, guarded_client
 from service.links import link_secret, signer
 from service.schema import DeadWebhook, WebhookState, generation
-from service.settings import Settings
+from service.settings import Settings, read
 from worker import logs
 from worker.contract import (
     COURIER_KEY,
@@ -409,12 +408,7 @@ def _retry_after_s(text: str) -> float:
 
 def main() -> int:
     """Send until SIGTERM; deliveries under way are finished first. Exit code 2: a setting is wrong; 1: no Redis."""
-    try:
-        settings = Settings()
-    except ValidationError as error:
-        for problem in error.errors():
-            sys.stderr.write(f"error: {'.'.join(map(str, problem['loc'])).upper()}: {problem['msg']}\n")
-        return 2
+    settings = read()
     logs.configure("webhooks", settings.log_level, settings.log_format)
     try:
         view = _view(settings)

@@ -103,7 +103,8 @@ def _answers(client: redis.Redis) -> bool:
         return False
 
 
-def _is_alive(url: str) -> bool:
+def is_alive(url: str) -> bool:
+    """Whether a service answers there."""
     try:
         return httpx.get(f"{url}/livez", timeout=5).status_code == 200
     except httpx.TransportError:
@@ -183,7 +184,7 @@ class Stack:
             process = subprocess.Popen(command, cwd=self.root, env=environment, stdout=log, stderr=log)
         url = f"http://127.0.0.1:{port}"
         try:
-            wait_for(lambda: process.poll() is not None or _is_alive(url), 30, "the second service")
+            wait_for(lambda: process.poll() is not None or is_alive(url), 30, "the second service")
             assert process.poll() is None, (self.folder / "second.log").read_text()
             yield url
         finally:

@@ -99,6 +99,11 @@ class JobRecord(BaseModel):
     error_code: str | None = None
     error_message: str | None = None
 
+    @field_validator("metadata", "progress", mode="before", check_fields=False)
+    @classmethod
+    def _from_json(cls, value: object) -> object:
+        return json.loads(value) if isinstance(value, str) else value
+
     @property
     def forget_at(self) -> int:
         """When Redis may drop the record."""
@@ -155,11 +160,6 @@ class Record(JobRecord):
     trace: str | None = None
     """A W3C `traceparent`: the span that accepted it."""
 
-    @field_validator("metadata", mode="before")
-    @classmethod
-    def _metadata_from_json(cls, value: object) -> object:
-        return json.loads(value) if isinstance(value, str) else value
-
     @property
     def counter(self) -> str:
         """As above, by model."""
@@ -200,11 +200,6 @@ class Distillation(JobRecord):
     progress: Progress | None = None
     student: str | None = None
     """The finished student's folder, relative to that of all runs."""
-
-    @field_validator("progress", mode="before")
-    @classmethod
-    def _from_json(cls, value: object) -> object:
-        return json.loads(value) if isinstance(value, str) else value
 
     @property
     def forget_at(self) -> int:

@@ -7,7 +7,6 @@ from collections.abc import AsyncIterator
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Header, Request, Response
-from pydantic import ValidationError
 from redis.exceptions import RedisError
 from sse_starlette import EventSourceResponse, ServerSentEvent
 from starlette.concurrency import run_in_threadpool
@@ -210,13 +209,9 @@ def _wait_s(prefer: str | None) -> int | None:
 
 async def _read(request: Request, context: Context) -> tuple[GenerateFields, Image]:
     """Fields and image of either kind of body. Raises ``ApiError`` 415, 422."""
-    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-    if kind == "multipart/form-data":
+    if bodies.kind_of(request, bodies.FORM, bodies.JSON) == bodies.FORM:
         return await _read_form(request, context)
-    if kind == "application/json":
-        return _read_json(await request.body(), context)
-    message = f"Content-Type: got {kind[:64] or 'none'!r}; send multipart/form-data or application/json"
-    raise ApiError(415, "content_type", message)
+    return _read_json(await request.body(), context)
 
 
 async def _read_form(request: Request, context: Context) -> tuple[GenerateFields, Image]:
@@ -235,8 +230,7 @@ async def _read_form(request: Request, context: Context) -> tuple[GenerateFields
         texts = {name: value for name, value in form.items() if name != "image"}
     if files := [name for name, value in texts.items() if not isinstance(value, str)]:
         raise ApiError(422, "invalid_field", f"{files[0]}: got a file; wanted text", param=files[0])
-    # An empty field of an HTML form is one that was not filled in.
-    return _fields({name: value for name, value in texts.items() if value != "" or name == "prompt"}), data
+    return bodies.fields_of(bodies.filled_in(texts)), data
 
 
 def _read_json(body: bytes, context: Context) -> tuple[GenerateFields, Image]:
@@ -246,19 +240,8 @@ def _read_json(body: bytes, context: Context) -> tuple[GenerateFields, Image]:
         raise _no_image()
     if not isinstance(image, str):
         raise ApiError(422, "invalid_field", f"image: got {type(image).__name__}; wanted a data URL", param="image")
-    return _fields(values), image_of(image, context)
+    return bodies.fields_of(values), image_of(image, context)
 
 
 def _no_image() -> ApiError:
     return ApiError(422, "image_missing", "image: missing; send a PNG, JPEG or WEBP file", param="image")
-
-
-def _fields(values: dict[str, Any]) -> GenerateFields:
-    try:
-        return GenerateFields.model_validate(values)
-    except ValidationError as error:
-        first = error.errors()[0]
-        name = ".".join(str(part) for part in first["loc"])[:64]
-        known = ", ".join(["image", *GenerateFields.model_fields])
-        hint = f"there is no such field; there are {known}" if first["type"] == "extra_forbidden" else first["msg"]
-        raise ApiError(422, "invalid_field", f"{name or 'the body'}: {hint}", param=name or None) from None

@@ -158,8 +158,8 @@ def _workers(redis: Redis) -> dict[str, list[Series]]:
     states = [worker.state for worker in alive]
     memory: dict[str, float] = {}
     for worker in alive:
-        if held := getattr(worker, "gpu_mem_bytes", None):
-            memory[worker.engine] = memory.get(worker.engine, 0) + held
+        if worker.gpu_mem_bytes:
+            memory[worker.engine] = memory.get(worker.engine, 0) + worker.gpu_mem_bytes
     return {
         "worker_up": [Series((state,), states.count(state)) for state in WorkerState],
         "gpu_mem_bytes": [Series((engine,), held) for engine, held in sorted(memory.items())],

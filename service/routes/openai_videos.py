@@ -25,7 +25,7 @@ from worker.contract import MODELS_KEY, ModelCard, VideoSize, input_path
 
 router = APIRouter(prefix="/v1", tags=["openai"])
 
-_FORMS = ("multipart/form-data", "application/x-www-form-urlencoded")
+_FORMS = (bodies.FORM, "application/x-www-form-urlencoded")
 _VARIANTS = {"video": "mp4", "thumbnail": "jpg"}
 
 _FIELDS: dict[str, Any] = {
@@ -81,9 +81,7 @@ async def create(
     """Animate `input_reference`: a file, a data URL, or an object or JSON text with one. Unknown fields are ignored."""
     values = await _read(request, context)
     fields = openai_schema.fields_of(values)
-    card = await _model(context, fields.model)
-    if card is not None:
-        openai_schema.check_format(values, card)
+    await _check_format(context, fields.model, values)
     with _naming_the_image():
         picture = openai_schema.picture_in(values.get("input_reference"))
         image: Image = image_of(picture, context) if isinstance(picture, str) else picture
@@ -112,9 +110,7 @@ async def remix(
     fields = openai_schema.fields_of(values)
     if fields.model is None and source.model in [card.name for card in await _models(context)]:
         fields = fields.model_copy(update={"model": source.model})
-    card = await _model(context, fields.model)
-    if card is not None:
-        openai_schema.check_format(values, card)
+    await _check_format(context, fields.model, values)
     try:
         image = await run_in_threadpool(context.storage.read, input_path(job_id))
     except FileNotFoundError:
@@ -250,11 +246,17 @@ async def _models(context: Context) -> tuple[ModelCard, ...]:
 
 async def _model(context: Context, name: str | None) -> ModelCard | None:
     """The model of this name, or the first; None while there is none at all. Raises ``ApiError`` 404."""
-    cards = await _models(context)
-    card = next((card for card in cards if name in (None, card.name)), None)
-    if card is None and cards:
-        raise _unknown_model(str(name), [card.name for card in cards])
+    fleet = await context.store.lookout.fleet_async()
+    card = fleet.model(name)
+    if card is None and fleet.models:
+        raise _unknown_model(str(name), [card.name for card in fleet.models])
     return card
+
+
+async def _check_format(context: Context, name: str | None, values: dict[str, Any]) -> None:
+    """Whether the model makes what is asked for, as far as there is one. Raises ``ApiError`` 400, 404."""
+    if (card := await _model(context, name)) is not None:
+        openai_schema.check_format(values, card)
 
 
 def _unknown_model(name: str, there: list[str]) -> ApiError:
@@ -269,12 +271,8 @@ def _unknown_model(name: str, there: list[str]) -> ApiError:
 
 async def _read(request: Request, context: Context) -> dict[str, Any]:
     """The fields of either kind of body, files as bytes. Raises ``ApiError`` 415, 422."""
-    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-    if kind == "application/json":
+    if bodies.kind_of(request, bodies.JSON, *_FORMS) == bodies.JSON:
         return bodies.object_of(await request.body())
-    if kind not in _FORMS:
-        message = f"Content-Type: got {kind[:64] or 'none'!r}; send multipart/form-data or application/json"
-        raise ApiError(415, "content_type", message)
     async with bodies.form_of(request, max_fields=40, max_bytes=context.settings.max_body_bytes) as form:
         parts = [
             (name, await part.read() if isinstance(part, UploadFile) else part) for name, part in form.multi_items()

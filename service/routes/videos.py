@@ -9,7 +9,7 @@ from fastapi import APIRouter, Request
 from fastapi.responses import FileResponse, RedirectResponse, Response
 
 from service import links
-from service.auth import Principal
+from service.auth import CHALLENGE, Principal
 from service.deps import Context, ContextDep, JobIdDep, OptionalPrincipalDep
 from service.errors import ApiError
 from service.routes import docs
@@ -20,7 +20,6 @@ router = APIRouter(tags=["videos"])
 
 _TYPES = {"mp4": "video/mp4", "jpg": "image/jpeg", "json": "application/json"}
 _AT_MOST_S = 3600
-_CHALLENGE = {"WWW-Authenticate": 'Bearer realm="fastlightgen"'}
 
 
 @router.head("/videos/{job_id}.{suffix}", include_in_schema=False)
@@ -104,9 +103,9 @@ def _readable(request: Request, context: Context, job_id: str, suffix: str, prin
         if record.status is Status.EXPIRED or record.expires_at <= now():
             raise _expired(context, record)
         message = "this link no longer works; ask for the generation again, its answer has a new one"
-        raise ApiError(401, "link_expired", message, headers=_CHALLENGE)
+        raise ApiError(401, "link_expired", message, headers=CHALLENGE)
     message = "this needs the whole link as it stands in an answer, or an API key: `Authorization: Bearer fl_...`"
-    raise ApiError(401, "missing_key", message, headers=_CHALLENGE)
+    raise ApiError(401, "missing_key", message, headers=CHALLENGE)
 
 
 def _expired(context: Context, record: Record) -> ApiError:

@@ -6,7 +6,7 @@ import threading
 import pytest
 
 from service import admission
-from service.admission import Admission, Request
+from service.admission import Admission, Request, Terms
 from service.auth import Principal
 from service.errors import ApiError
 from service.ids import new_id
@@ -22,9 +22,9 @@ def gate(records) -> Admission:
     return Admission(records.redis, max_queued=20, max_wait_s=100)
 
 
-def ask(principal: Principal = ANNA, fingerprint: str | None = None, expected_s: float = 1.0, **more) -> Request:
+def ask(principal: Principal = ANNA, fingerprint: str | None = None, expected_s: float = 1.0, **terms) -> Request:
     job_id = new_id("vid")
-    return Request(job_id, principal, fingerprint or job_id, expected_s, **more)
+    return Request(job_id, principal, fingerprint or job_id, expected_s, Terms(**terms))
 
 
 def admit(gate: Admission, *requests: Request) -> None:

@@ -11,7 +11,7 @@ from service.app import create_app
 from service.auth import SCOPES, BadKey, Keys, new_key
 from service.deps import Requires
 from service.settings import Settings
-from tests.stack import RedisServer, Stack, run_with, wait_for
+from tests.stack import RedisServer, Stack, is_alive, run_with, wait_for
 from worker.records import connect
 
 # What each route asks for; None: nothing. A new route is written down here, or the test below fails.
@@ -87,16 +87,9 @@ def guarded(tmp_path_factory):
     stack.environment["REDIS_URL"] = stack.redis.url
     stack.redis.start()
     stack.spawn("service")
-    wait_for(lambda: answers(stack.url), 30, "the service")
+    wait_for(lambda: is_alive(stack.url), 30, "the service")
     yield stack
     stack.stop()
-
-
-def answers(url: str) -> bool:
-    try:
-        return httpx.get(f"{url}/livez").status_code == 200
-    except httpx.TransportError:
-        return False
 
 
 @pytest.fixture(scope="module")
