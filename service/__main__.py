@@ -15,6 +15,7 @@ from service import webhooks
 from service.app import create_app
 from service.auth import SCOPES, BadKey, Keys, new_key
 from service.settings import Settings, read
+from service.wire import HttpProtocol
 from worker import logs, tracing
 from worker.contract import LOCAL
 from worker.records import connect, connect_async
@@ -70,6 +71,7 @@ def _serve(settings: Settings) -> int:
         access_log=False,
         timeout_graceful_shutdown=5,  # open event streams would hold a stop up for ever
         server_header=False,
+        http=HttpProtocol,
     )
     return 0
 

@@ -9,9 +9,11 @@ survives.
 from __future__ import annotations
 
 import base64
+import ctypes
 import io
 import threading
 import warnings
+from contextlib import suppress
 
 from PIL import Image, ImageOps, UnidentifiedImageError
 
@@ -29,6 +31,19 @@ _MAX_SCANS = 500
 
 _DECODING = threading.Semaphore(2)
 """A small file can hold a large picture: not every request thread may decode one at once."""
+
+
+def _keep_no_memory() -> None:
+    """Have the C library (glibc) give every MiB and more back to the system once it is freed.
+
+    Otherwise it learns from the first large picture to keep such memory, for each thread its own: over a gigabyte.
+    """
+    with suppress(AttributeError, OSError):  # another library
+        ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, 2**20)
+
+
+_M_MMAP_THRESHOLD = -3
+_keep_no_memory()
 
 
 def clean(data: bytes, width: int, height: int, max_pixels: int) -> bytes:
@@ -142,7 +157,7 @@ def _fit(image: Image.Image, width: int, height: int) -> bytes:
     picture = ImageOps.fit(upright.convert("RGB"), (width, height), Image.Resampling.LANCZOS, centering=(0.5, 0.5))
     buffer = io.BytesIO()
     # A new picture from the pixels alone: `info` (EXIF, text, profiles) stays behind.
-    Image.frombytes("RGB", picture.size, picture.tobytes()).save(buffer, "PNG")
+    Image.frombytes("RGB", picture.size, picture.tobytes()).save(buffer, "PNG", compress_level=1)
     return buffer.getvalue()
 
 

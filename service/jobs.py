@@ -212,7 +212,7 @@ class JobStore(Store[Record]):
         record = self.get(job_id, owner)
         if not record.status.is_terminal:
             message = f"{job_id} is {record.status}: its worker has not let go of it yet; delete it again in a moment"
-            raise ApiError(409, "still_running", message)
+            raise ApiError(409, "still_running", message, retry_after_s=1)
         self._remove_files(job_id)
         self._drop_from_queue(job_id)
         self.records.delete(job_id, record.owner)

@@ -65,7 +65,7 @@ class Reader:
         if waiting:
             pipeline = self._redis.pipeline(transaction=False)
             for job_id in waiting:
-                pipeline.lpos(_QUEUE_KEY, job_id)
+                pipeline.lpos(_QUEUE_KEY, job_id, rank=-1)  # sought from the end: lists begin with the newest
             indices = await pipeline.execute()
         places = dict(zip(waiting, indices, strict=True))
         return [await self._seen(record, places.get(record.id)) for record in records]

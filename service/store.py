@@ -19,8 +19,9 @@ from worker.records import Records, RecordT, Refused, now
 
 log = logging.getLogger(__name__)
 
-_KEEP_RQ_S = 24 * 3600
-"""How long rq remembers a job that is over. Our record says everything; this is for whoever debugs the queue."""
+_KEEP_DONE_S, _KEEP_RQ_S = 60, 24 * 3600
+"""How long rq remembers a job that is done, and one that failed. Our record says everything; this is for whoever debugs
+the queue."""
 _KEEP_DROPPED_S = 600
 _GRACE_S = 10
 
@@ -46,7 +47,7 @@ class Store(Generic[RecordT]):
             retry=Retry(max=MAX_ATTEMPTS - 1),
             on_failure=Callback(self._kind.on_lost),
             job_timeout=self._job_timeout_s,
-            result_ttl=600,
+            result_ttl=_KEEP_DONE_S,
             failure_ttl=_KEEP_RQ_S,
             description=job_id,
         )

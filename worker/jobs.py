@@ -16,7 +16,7 @@ import platform
 import signal
 import time
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cache, partial
 from importlib.metadata import version
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, cast
@@ -259,5 +259,11 @@ def _manifest(
             "device": pipeline.device,
             "threads": pipeline.threads,
         },
-        "versions": {name: version(name) for name in ("torch", "diffusers", "transformers")},
+        "versions": dict(_versions()),
     }
+
+
+@cache
+def _versions() -> tuple[tuple[str, str], ...]:
+    """Read once: each takes a millisecond."""
+    return tuple((name, version(name)) for name in ("torch", "diffusers", "transformers"))
