@@ -8,7 +8,6 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
 from fastapi import FastAPI
-from fastapi.staticfiles import StaticFiles
 from fastapi_swagger import patch_fastapi
 from redis.exceptions import RedisError
 from starlette.concurrency import run_in_threadpool
@@ -95,7 +94,7 @@ def create_app(settings: Settings) -> FastAPI:
     errors.install(app)
     for module in (generate, openai_videos, videos, health, metrics, playground, admin):
         app.include_router(module.router)
-    app.mount("/web", StaticFiles(directory=playground.WEB), name="web")
+    app.mount("/web", playground.Web(directory=playground.WEB), name="web")
     app.add_middleware(BodyLimit, max_bytes=settings.max_body_bytes)
     if not settings.needs_key:
         app.add_middleware(SameSite, public_url=settings.public_url)

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 from fastapi import APIRouter
 from fastapi.responses import FileResponse
+from fastapi.staticfiles import StaticFiles
+from starlette.responses import Response
 
 from service.deps import ContextDep, OriginDep, ReaderDep
 from service.errors import ApiError
@@ -16,6 +19,16 @@ from service.schema import Example, Examples, Models
 WEB = Path(__file__).resolve().parent.parent / "web"
 
 router = APIRouter(tags=["playground"])
+
+
+class Web(StaticFiles):
+    """What the page is made of: asked for anew each time (304 where nothing has changed), or it would mix versions."""
+
+    def file_response(self, *args: Any, **kwargs: Any) -> Response:
+        """See `StaticFiles`."""
+        response = super().file_response(*args, **kwargs)
+        response.headers["Cache-Control"] = "no-cache"
+        return response
 
 
 @router.get("/", include_in_schema=False)

@@ -218,7 +218,7 @@ def refusal(page: Page, act: Callable[[], None]) -> str:
     return message
 
 
-def test_the_page_opens_whole(visit: Callable[..., Visit]) -> None:
+def test_the_page_opens_whole(visit: Callable[..., Visit], stack: Stack) -> None:
     opened = visit(viewport=DESKTOP)
     page = opened.page
     expect(page).to_have_title("FastLightGen playground")
@@ -230,6 +230,8 @@ def test_the_page_opens_whole(visit: Callable[..., Visit]) -> None:
     page.wait_for_load_state("networkidle")
     assert opened.complaints == []
     assert_accessible(page)
+    # A page of one version with a script of another would be neither.
+    assert page.request.get(f"{stack.url}/web/app.js").headers["cache-control"] == "no-cache"
 
 
 def test_every_control_has_a_name(visit: Callable[..., Visit]) -> None:
