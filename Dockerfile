@@ -46,7 +46,7 @@ HEALTHCHECK --interval=10s --timeout=5s --start-period=30s --retries=3 \
 CMD ["python", "-m", "service"]
 
 FROM base AS worker
-ENV HF_HUB_OFFLINE=1 ENGINES=/engines
+ENV HF_HUB_OFFLINE=1 ENGINES=/engines STUDENTS=/engines/students
 RUN install --directory --owner app --group app /engines
 COPY --from=build-worker /opt/venv /opt/venv
 COPY --from=build-worker /app /app
@@ -55,7 +55,7 @@ USER app
 CMD ["python", "-m", "worker"]
 
 FROM base AS trainer
-ENV HF_HUB_OFFLINE=1 RUNS=/runs
+ENV HF_HUB_OFFLINE=1 RUNS=/runs STUDENTS=/runs/students
 RUN install --directory --owner app --group app /runs
 COPY --from=build-trainer /opt/venv /opt/venv
 COPY --from=build-trainer /app /app

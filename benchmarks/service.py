@@ -770,7 +770,7 @@ def main() -> int:
 def _report(parts: list[Part], load: float, seconds: float) -> str:
     libraries = ", ".join(f"{name} {version(name)}" for name in ("fastapi", "uvicorn", "pydantic", "redis", "rq"))
     faster = [name for name in ("uvloop", "httptools", "hiredis") if importlib.util.find_spec(name)]
-    sections = "\n".join(_section(part) for part in parts)
+    sections = "\n".join(section(part) for part in parts)
     return f"""# The service under load
 
 `python -m benchmarks.service`: service, worker, Redis and who asks share {os.cpu_count()} cores \
@@ -780,7 +780,8 @@ are of the rounds.
 {sections}"""
 
 
-def _section(part: Part) -> str:
+def section(part: Part) -> str:
+    """One part as Markdown."""
     rows = "\n".join(
         f"| {figure.name} | **{_number(statistics.median(figure.rounds))}** {figure.unit} | "
         f"{_number(min(figure.rounds))} | {_number(max(figure.rounds))} | {len(figure.rounds)} | {figure.goal} |"

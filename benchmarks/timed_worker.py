@@ -112,13 +112,13 @@ def main() -> None:
     url, lease_s = os.environ["REDIS_URL"], int(os.environ["LEASE_S"])
     redis, name = connect(url), unique_name("worker")
     records, storage = Records(redis, Record), Storage(os.environ["STORAGE_URL"])
-    jobs.install(jobs.Runtime(name, {MODEL: TimedPipeline(redis, options.seconds)}, records, storage))
+    jobs.install(jobs.Runtime(name, jobs.Loaded(TimedPipeline(redis, options.seconds)), records, storage))
     publish_models(redis, [CARD])
     heartbeat = Heartbeat(
         name=name,
         state=WorkerState.LOADING,
         model=MODEL,
-        models=(MODEL,),
+        models=(CARD.id,),
         model_sha256=CARD.sha256,
         engine="none",
         started_at=now(),

@@ -239,6 +239,7 @@ def _prepare(stack: Stack) -> dict[str, str]:
         "STORAGE_URL": stack.environment.get("STORAGE_URL") or str(stack.var / "storage"),
         "ENGINES": stack.environment.get("ENGINES") or str(stack.var / "engines"),
         "RUNS": stack.environment.get("RUNS") or str(stack.var / "runs"),
+        "STUDENTS": stack.environment.get("STUDENTS") or str(stack.var / "students"),
         "PYTHONUNBUFFERED": "1",
     }
 

@@ -1,7 +1,7 @@
 """`python -m distill`: teach a teacher, distil a student from one, evaluate a model folder.
 
-Exit codes: 0 done, 2 a user's error (one line says what), 3 refused by the gate, 75 interrupted and resumable by the
-same command.
+Exit codes: 0 done, 2 a user's error (one line says what), 3 refused by the gate or, of `lineage`, not as recorded, 75
+interrupted and resumable by the same command.
 """
 
 from __future__ import annotations
@@ -78,6 +78,16 @@ def main(arguments: list[str] | None = None) -> int:
     gate.add_argument(
         "--catch-table", action="store_true", help="spoil NEW's clips in every known way; print what is refused by what"
     )
+    lineage = commands.add_parser("lineage", help="how a student came about, and whether that still holds")
+    lineage.add_argument("folder", type=Path, metavar="STUDENT", help="for example models/shapes-4step or RUN/student")
+    lineage.add_argument("--run", type=Path, help="the run that made it (the folder around it, if that is one)")
+    lineage.add_argument("--teacher", type=Path, help="its teacher's folder (the run's, or what it is linked to)")
+    lineage.add_argument("--gate", type=Path, metavar="FILE", help="the verdict on it (RUN/gate/gate.json)")
+    engines = Path(os.environ.get("ENGINES", "var/engines"))
+    lineage.add_argument("--engines", type=Path, default=engines, help=f"where workers keep engines ({engines})")
+    lineage.add_argument("--storage", type=Path, metavar="FOLDER", help="the object storage, where it is a folder")
+    lineage.add_argument("--releases", type=Path, metavar="FILE", help="what GET /admin/release answered")
+    lineage.add_argument("--json", action="store_true", help="for programs")
     features = commands.add_parser("features", help="train the small classifier whose features fvd_shapes compares")
     features.add_argument("folder", type=Path)
     features.add_argument("--set", action="append", default=[], metavar="A.B=C", help="change one setting")
@@ -92,6 +102,8 @@ def main(arguments: list[str] | None = None) -> int:
         return _gate(options)
     if options.command == "publish":
         return _publish(options)
+    if options.command == "lineage":
+        return _lineage(options)
     try:
         if options.command == "features":
             seeing = override(recipes.features_shapes(), options.set)
@@ -196,6 +208,20 @@ def _gate(options: argparse.Namespace) -> int:
         return 2
     print((out / "gate.md").read_text())
     return 0 if verdict.passed else REFUSED
+
+
+def _lineage(options: argparse.Namespace) -> int:
+    from distill import lineage
+    from distill.student import FolderError
+
+    names = ("run", "teacher", "gate", "engines", "storage", "releases")
+    try:
+        found = lineage.trace(options.folder, lineage.Places(**{name: getattr(options, name) for name in names}))
+    except (ConfigError, FolderError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(json.dumps(lineage.as_json(found), indent=2) if options.json else lineage.as_text(found))
+    return 0 if found.whole else REFUSED
 
 
 def _examples(folder: Path) -> int:

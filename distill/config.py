@@ -1,29 +1,40 @@
 """What a run is made of: frozen models, one per stage, no defaults that mean "not set". pydantic only, no torch.
 
 A recipe (`distill.recipes`) returns one of these; `--set a.b=c` changes a field of it; the resolved one is written into
-the run's folder.
+the run's folder. Whoever may only ask for a run changes what is ``Tunable``: no path, and nothing beyond its bounds.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from typing import Any, Literal, Self, TypeVar
+from typing import Annotated, Any, Literal, Self, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 DEV_CLIPS = 96
 """Held-out clips that a distillation looks at on the way. What is chosen is chosen on them."""
+MAX_STEPS, MAX_BATCH, MAX_CLIPS = 1_000_000, 4096, 1_000_000
+"""More is a slip of the hand, and would take the machine for a month."""
+
+ValueT = TypeVar("ValueT")
+Tunable = Annotated[ValueT, Field(json_schema_extra={"tunable": True})]
+"""A field that `recipes.check` lets be changed."""
 
 
 class ConfigError(ValueError):
     """A setting that does not exist or does not fit; the message says which and what was wanted."""
 
+    def __init__(self, message: str, field: str | None = None) -> None:
+        super().__init__(message)
+        self.field = field
+        """Its path, where `recipes.check` raises this."""
+
 
 class Config(BaseModel):
     """Base of all configurations: immutable, and a misspelt field is an error."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     @property
     def sha256(self) -> str:
@@ -35,7 +46,7 @@ class OptimiserConfig(Config):
     """How one network's weights follow its loss."""
 
     optimiser: Literal["adamw", "muon"] = Field(description="muon: for the matrices within blocks, AdamW for the rest")
-    learning_rate: float = Field(gt=0, description="peak; linear warm-up, then a cosine down to 5 % of it")
+    learning_rate: Tunable[float] = Field(gt=0, description="peak; linear warm-up, then a cosine down to 5 % of it")
     warmup_steps: int = Field(ge=0)
     betas: tuple[float, float]
     weight_decay: float = Field(ge=0)
@@ -46,8 +57,8 @@ class OptimiserConfig(Config):
 class FitConfig(OptimiserConfig):
     """One optimisation (`distill.loop.fit`)."""
 
-    steps: int = Field(gt=0)
-    batch: int = Field(gt=0, description="clips that the loss sees at a time")
+    steps: Tunable[int] = Field(gt=0, le=MAX_STEPS, description="updates of the weights")
+    batch: Tunable[int] = Field(gt=0, le=MAX_BATCH, description="clips that the loss sees at a time")
     accumulate: int = Field(default=1, gt=0, description="losses whose gradients are averaged in one update")
     log_every: int = Field(gt=0)
     checkpoint_every: int = Field(gt=0)
@@ -140,9 +151,11 @@ class ImportanceConfig(Config):
     noises: int = Field(gt=0, description="draws of the noise for each clip and level")
     sigma_min: float = Field(gt=0, lt=1)
     sigma_max: float = Field(gt=0, lt=1)
-    weighting: Literal["elbo", "uniform_v", "x0"] = Field(description="of the squared velocity error at each level")
-    greedy: bool = Field(description="measure anew after each removal: single importances do not add up")
-    rho: float = Field(gt=0, lt=1, description="share of all block parameters that has to go")
+    weighting: Tunable[Literal["elbo", "uniform_v", "x0"]] = Field(
+        description="of the squared velocity error at each level"
+    )
+    greedy: Tunable[bool] = Field(description="measure anew after each removal: single importances do not add up")
+    rho: Tunable[float] = Field(gt=0, lt=1, description="share of all block parameters that has to go")
 
     @model_validator(mode="after")
     def _levels_are_in_order(self) -> Self:
@@ -154,11 +167,15 @@ class PruningConfig(Config):
     """Stage II: weights that work at many depths (`distill.stages.pruning`)."""
 
     unimportant: float = Field(gt=0, description="blocks that may be skipped, in multiples of rho times all blocks")
-    skip_probability: float = Field(gt=0, lt=1, description="p: of each of them, by itself")
-    deployed_probability: float = Field(ge=0, le=1, description="q: of the mask that will be deployed; 0: the paper")
-    alpha: float = Field(ge=0, le=1, description="weight of the unpruned output against the data; 1: the paper's best")
-    target: Literal["self", "frozen_teacher"] = Field(description="whose unpruned output; self: the paper")
-    drift_limit: float = Field(
+    skip_probability: Tunable[float] = Field(gt=0, lt=1, description="p: of each of them, by itself")
+    deployed_probability: Tunable[float] = Field(
+        ge=0, le=1, description="q: of the mask that will be deployed; 0: the paper"
+    )
+    alpha: Tunable[float] = Field(
+        ge=0, le=1, description="weight of the unpruned output against the data; 1: the paper's best"
+    )
+    target: Tunable[Literal["self", "frozen_teacher"]] = Field(description="whose unpruned output; self: the paper")
+    drift_limit: Tunable[float] = Field(
         gt=0, description="mean square distance of the full-depth path from the teacher's that ends the stage, relative"
     )
     fit: FitConfig
@@ -167,14 +184,20 @@ class PruningConfig(Config):
 class ScoresConfig(Config):
     """The real score of stage III: whose velocity is guided, how far and in which direction."""
 
-    source: Literal["full", "teacher", "pruned", "interpolated"] = Field(
+    source: Tunable[Literal["full", "teacher", "pruned", "interpolated"]] = Field(
         description="A: stage II's weights at full depth, the original teacher, stage II's pruned, or halfway"
     )
-    intra_mode: Literal["extrapolate", "interpolate"] = Field(description="beta_2 counts from A, or from P")
-    cfg_unit: Literal["extra", "standard"] = Field(description="beta_1 = 0, or beta_1 = 1, is no text guidance")
-    beta_1: tuple[float, float] = Field(description="text guidance, drawn uniformly for each clip")
-    beta_2: tuple[float, float] = Field(description="guidance of unpruned over pruned, drawn uniformly for each clip")
-    alpha_weak: float = Field(ge=0, le=1, description="share of the critic's LoRA in the real score (W2SVD); 0: none")
+    intra_mode: Tunable[Literal["extrapolate", "interpolate"]] = Field(description="beta_2 counts from A, or from P")
+    cfg_unit: Tunable[Literal["extra", "standard"]] = Field(
+        description="beta_1 = 0, or beta_1 = 1, is no text guidance"
+    )
+    beta_1: Tunable[tuple[float, float]] = Field(description="text guidance, drawn uniformly for each clip")
+    beta_2: Tunable[tuple[float, float]] = Field(
+        description="guidance of unpruned over pruned, drawn uniformly for each clip"
+    )
+    alpha_weak: Tunable[float] = Field(
+        ge=0, le=1, description="share of the critic's LoRA in the real score (W2SVD); 0: none"
+    )
 
     @model_validator(mode="after")
     def _ranges_are_in_order(self) -> Self:
@@ -186,28 +209,30 @@ class ScoresConfig(Config):
 class CriticConfig(OptimiserConfig):
     """The fake score of stage III: follows what the student makes."""
 
-    kind: Literal["lora", "full"]
-    rank: int = Field(gt=0, description="of the LoRA")
+    kind: Tunable[Literal["lora", "full"]] = Field(description="on stage II's weights, or a copy of them")
+    rank: Tunable[int] = Field(gt=0, le=1024, description="of the LoRA")
     pruned: bool = Field(description="runs at the student's depth")
-    updates: int = Field(gt=0, description="of the critic for each one of the student")
+    updates: Tunable[int] = Field(gt=0, le=100, description="of the critic for each one of the student")
 
 
 class GanConfig(Config):
     """The optional discriminator on the critic's features (DMD2)."""
 
-    student_weight: float = Field(ge=0, description="0: none")
-    critic_weight: float = Field(ge=0)
+    student_weight: Tunable[float] = Field(ge=0, description="of deceiving it; 0: none")
+    critic_weight: Tunable[float] = Field(ge=0, description="of its own loss in the critic's")
 
 
 class LimitsConfig(Config):
     """What the student's samples may be, as ratios to the teacher's for the same images, captions and noise."""
 
-    motion: tuple[float, float] = Field(description="mean change from the first frame: below is static, above too much")
-    contrast: tuple[float, float] = Field(description="deviation of the pixels: below is a flat colour")
-    saturation: tuple[float, float] = Field(description="distance of the pixels from grey")
-    flicker: tuple[float, float] = Field(description="second difference over time")
-    critic: float = Field(gt=0, description="largest loss of the critic")
-    patience: int = Field(gt=0, description="alarms in a row that end the stage with the last good weights")
+    motion: Tunable[tuple[float, float]] = Field(
+        description="mean change from the first frame: below is static, above too much"
+    )
+    contrast: Tunable[tuple[float, float]] = Field(description="deviation of the pixels: below is a flat colour")
+    saturation: Tunable[tuple[float, float]] = Field(description="distance of the pixels from grey")
+    flicker: Tunable[tuple[float, float]] = Field(description="second difference over time")
+    critic: Tunable[float] = Field(gt=0, description="largest loss of the critic")
+    patience: Tunable[int] = Field(gt=0, description="alarms in a row that end the stage with the last good weights")
 
     @model_validator(mode="after")
     def _ranges_are_in_order(self) -> Self:
@@ -227,7 +252,7 @@ class MatchingConfig(Config):
     critic: CriticConfig
     gan: GanConfig
     limits: LimitsConfig
-    rollout: Literal["renoise", "euler", "data"] = Field(
+    rollout: Tunable[Literal["renoise", "euler", "data"]] = Field(
         description="what the student starts from: its own steps re-noised (DMD2), its own Euler steps as at "
         "inference, or noised real latents"
     )
@@ -258,13 +283,21 @@ class GroundTruthLimits(Config):
     Of the mean over clips of the paired differences in a metric of `distill.metrics`.
     """
 
-    score: float = Field(default=0.03, gt=0, description="mean of all scored metrics; hides a single one that is lost")
-    prompt_following: float = Field(default=0.1, gt=0, description="share of what the caption fixes that is done")
-    motion_amount: float = Field(default=0.1, gt=0, description="nearness of the amount of motion to what is asked for")
-    subject_consistency: float = Field(default=0.1, gt=0, description="colour and outline of the shape")
-    background_consistency: float = Field(default=0.05, gt=0, description="colours of the background")
-    imaging_quality: float = Field(default=0.1, gt=0, description="sharpness without noise, colours in range")
-    trajectory_error_px: float = Field(default=1.0, gt=0, description="may be larger by so much (closed captions)")
+    score: Tunable[float] = Field(
+        default=0.03, gt=0, description="mean of all scored metrics; hides a single one that is lost"
+    )
+    prompt_following: Tunable[float] = Field(
+        default=0.1, gt=0, description="share of what the caption fixes that is done"
+    )
+    motion_amount: Tunable[float] = Field(
+        default=0.1, gt=0, description="nearness of the amount of motion to what is asked for"
+    )
+    subject_consistency: Tunable[float] = Field(default=0.1, gt=0, description="colour and outline of the shape")
+    background_consistency: Tunable[float] = Field(default=0.05, gt=0, description="colours of the background")
+    imaging_quality: Tunable[float] = Field(default=0.1, gt=0, description="sharpness without noise, colours in range")
+    trajectory_error_px: Tunable[float] = Field(
+        default=1.0, gt=0, description="may be larger by so much (closed captions)"
+    )
 
 
 class ReferenceLimits(Config):
@@ -274,17 +307,33 @@ class ReferenceLimits(Config):
     how much worse the mean difference may be.
     """
 
-    motion: tuple[float, float] = Field(default=(0.7, 1.4), description="optical flow: static below, exaggerated above")
-    flicker: tuple[float, float] = Field(default=(0.4, 1.6), description="of the colours of 8 x 8 cells over time")
-    sharpness: tuple[float, float] = Field(default=(0.6, 2.0), description="blurred or flat below, noisy above")
-    saturation: tuple[float, float] = Field(default=(0.85, 1.18), description="washed out below, over-saturated above")
-    first_frame_ssim: float = Field(default=0.05, gt=0, description="the given image's likeness may be lower by this")
-    colour_drift: float = Field(default=0.03, gt=0, description="colours may go so much further from the given image's")
-    dead_frames: float = Field(default=0.02, gt=0, description="share of frames black or of one colour beyond its own")
-    other_motion: float = Field(
+    motion: Tunable[tuple[float, float]] = Field(
+        default=(0.7, 1.4), description="optical flow: static below, exaggerated above"
+    )
+    flicker: Tunable[tuple[float, float]] = Field(
+        default=(0.4, 1.6), description="of the colours of 8 x 8 cells over time"
+    )
+    sharpness: Tunable[tuple[float, float]] = Field(
+        default=(0.6, 2.0), description="blurred or flat below, noisy above"
+    )
+    saturation: Tunable[tuple[float, float]] = Field(
+        default=(0.85, 1.18), description="washed out below, over-saturated above"
+    )
+    first_frame_ssim: Tunable[float] = Field(
+        default=0.05, gt=0, description="the given image's likeness may be lower by this"
+    )
+    colour_drift: Tunable[float] = Field(
+        default=0.03, gt=0, description="colours may go so much further from the given image's"
+    )
+    dead_frames: Tunable[float] = Field(
+        default=0.02, gt=0, description="share of frames black or of one colour beyond its own"
+    )
+    other_motion: Tunable[float] = Field(
         default=0.7, gt=0, lt=1, description="0: the same flow, 1: none in common; above, the prompt is not heard"
     )
-    broken_clips: float = Field(default=0.1, gt=0, description="share of clips that are nothing like the teacher's")
+    broken_clips: Tunable[float] = Field(
+        default=0.1, gt=0, description="share of clips that are nothing like the teacher's"
+    )
 
     @model_validator(mode="after")
     def _one_is_allowed(self) -> Self:
@@ -309,7 +358,9 @@ class GateConfig(Config):
     clips: int = Field(default=24, ge=2, description="that the world is fitted to; every other one closed")
     reference_clips: int = Field(default=16, ge=2, description="that the teacher makes too: the first of them")
     seed: int = Field(default=0, ge=0, description="of the noise, the same for every model")
-    far: float = Field(default=2.0, ge=1, description="a mean so many margins off refuses, however wide its interval")
+    far: Tunable[float] = Field(
+        default=2.0, ge=1, description="a mean so many margins off refuses, however wide its interval"
+    )
     ground_truth: GroundTruthLimits = GroundTruthLimits()
     reference: ReferenceLimits = ReferenceLimits()
 
@@ -327,9 +378,9 @@ class DistillConfig(Config):
 
     name: str
     preset: Literal["full", "quick", "smoke"]
-    seed: int
+    seed: Tunable[int] = Field(ge=0, lt=2**32, description="of everything random")
     teacher: str = Field(description="a model folder")
-    num_clips: int = Field(gt=0, description="training clips whose latents are cached")
+    num_clips: Tunable[int] = Field(gt=0, le=MAX_CLIPS, description="training clips whose latents are cached")
     text_drop: float = Field(ge=0, le=1, description="share of captions replaced by the empty one in stage II")
     shift: float = Field(gt=0, description="of the noise levels of stages I and II: the teacher's")
     compile: bool = Field(description="blocks go through torch.compile")

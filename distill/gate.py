@@ -30,11 +30,11 @@ from matplotlib.figure import Figure
 from PIL import Image
 from torch import Tensor
 
-from distill import evaluate, metrics, reference, report, student
+from distill import evaluate, metrics, reference, report, schedule, student
 from distill.config import ConfigError, GateConfig, GroundTruthLimits, ReferenceLimits
 from distill.data import shapes
 from distill.reference import Looks
-from distill.student import Card
+from distill.student import Card, FolderError
 
 GATE_SET = "shapes-1"
 """Name of the fixed clips of `shapes`: another choice of clips, prompts or seeds gets another name."""
@@ -137,7 +137,7 @@ def gate(new: Path, active: Path, teacher: Path, out: Path, config: GateConfig, 
         say: takes lines of progress.
 
     Raises:
-        FolderError: a folder is no model folder, or was changed.
+        FolderError: a folder is no model folder, was changed, or has another schedule than its card says.
         ConfigError: the models do not make the same kind of video, or the fixed clips do not fit them.
     """
     trial = Trial(new, active, teacher, config, say)
@@ -198,6 +198,7 @@ class Trial:
         count = max(self.count(other) for other in ROLES if self.cards[other].sha256 == card.sha256)
         if card.sha256 not in self._known:
             pipe = evaluate.load(self.folders[role])
+            _check_schedule(self.folders[role], card, pipe.scheduler)
             started = time.monotonic()
             video_BCTHW = self.clips.make(pipe, card, count)
             seconds = time.monotonic() - started
@@ -217,6 +218,16 @@ def _check_cards(cards: dict[str, Card]) -> None:
         raise ConfigError(
             f"{new.name} was made from {new.teacher.name} {new.teacher.sha256[:12]}, and --teacher is {teacher.name} "
             f"{teacher.sha256[:12]}: name its own teacher"
+        )
+
+
+def _check_schedule(folder: Path, card: Card, scheduler: Any) -> None:
+    """A student is trained for its noise levels alone; with others its clips are only a little worse to look at."""
+    visited = schedule.visited(scheduler, card.call["num_inference_steps"])
+    if len(visited) != len(card.sigmas) or not np.allclose(visited, card.sigmas, atol=1e-4):
+        raise FolderError(
+            f"{folder / 'scheduler'} visits the noise levels {visited}, and {card.kind}.json says {card.sigmas}: "
+            "it was saved with another schedule than it was made for"
         )
 
 
@@ -544,6 +555,7 @@ def as_json(trial: Trial, verdict: Verdict) -> dict[str, Any]:
         **models,
         "clips": {"version": trial.clips.version, **{role: trial.count(role) for role in ROLES}},
         "config": trial.config.model_dump(mode="json"),
+        "config_sha256": trial.config.sha256,
         "checks": [_finite(asdict(check)) for check in verdict.checks],
         "seconds": {role: round(made.seconds, 1) for role, made in trial.made.items()},
         "code": student.code_version(),

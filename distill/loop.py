@@ -9,6 +9,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import resource
 import shutil
 import signal
 import sys
@@ -130,6 +131,14 @@ def write_json(path: Path, values: Any) -> None:
 def training_device() -> torch.device:
     """The accelerator where there is one, else the CPU."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def peak_memory_mb() -> float:
+    """The most that this process has held so far: of the GPU where it trains on one, else of the machine."""
+    if training_device().type == "cuda":
+        return torch.cuda.max_memory_allocated() / 2**20
+    held = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # KiB, on a Mac bytes
+    return held / (2**20 if sys.platform == "darwin" else 2**10)
 
 
 def can_compile() -> bool:
@@ -296,6 +305,7 @@ def fit(
         aside = checkpoint.with_suffix(".tmp")
         torch.save(state, aside)
         os.replace(aside, checkpoint)
+        run.event(stage, step, checkpoint=checkpoint.name)
 
     for step in range(start, config.steps):
         for rival in rivals:
@@ -314,7 +324,8 @@ def fit(
         if done % config.log_every == 0 or done == config.steps:
             means, rate_hz = log.report()
             clips_per_s = rate_hz * config.batch * config.accumulate
-            run.event(stage, done, steps=config.steps, **means, steps_per_s=rate_hz, clips_per_s=clips_per_s)
+            rates = {"steps_per_s": rate_hz, "clips_per_s": clips_per_s, "memory_mb": round(peak_memory_mb(), 1)}
+            run.event(stage, done, steps=config.steps, **means, **rates)
             shown = "  ".join(f"{name} {mean:.4g}" for name, mean in means.items())
             left_min = (config.steps - done) / rate_hz / 60
             run.say(f"{stage} {done}/{config.steps}  {shown}  {rate_hz:.2f} steps/s  {left_min:.1f} min left")

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import json
+from collections.abc import Callable, Iterator, Mapping
+from difflib import get_close_matches
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, ValidationError
 
 from distill.config import (
     CallConfig,
@@ -193,6 +198,10 @@ PRESETS = {
 """How much of a recipe to run: what each changes of it."""
 
 RECIPES: dict[str, Callable[[], DistillConfig]] = {"shapes": distill_shapes}
+STAGES = ("latents", "importance", "pruning", "matching", "student")
+"""What `events.jsonl` calls the steps of a distillation, in order."""
+DATASETS = ("shapes",)
+"""What clips can be of; the first is every recipe's own."""
 
 
 def load(name: str, assignments: list[str]) -> DistillConfig:
@@ -218,6 +227,116 @@ def load_gate(name: str, assignments: list[str]) -> GateConfig:
     if others := [text for text in assignments if not text.startswith(("gate.", "preset="))]:
         raise ConfigError(f"--set {others[0]}: the gate has settings gate.* and preset= only")
     return load(name, assignments).gate
+
+
+class TunableField(BaseModel):
+    """A field of a recipe that whoever asks for a run may change, as a form needs it."""
+
+    model_config = ConfigDict(frozen=True)
+
+    path: str
+    """`pruning.fit.steps`."""
+    type: Literal["integer", "number", "boolean", "string", "pair"]
+    """pair: two numbers, the smaller first."""
+    default: Any
+    minimum: int | float | None = None
+    above: float | None = None
+    """It has to be larger than this."""
+    maximum: int | float | None = None
+    below: float | None = None
+    choices: list[str] | None = None
+    description: str
+
+
+def tunable(name: str, preset: str) -> list[TunableField]:
+    """The fields that ``check`` takes, with their values in this preset; read off the configuration's own schema.
+
+    Raises:
+        ConfigError: no such recipe or preset.
+    """
+    values = load(name, [f"preset={preset}"]).model_dump(mode="json")
+    return [_field(path, schema, _at(values, path)) for path, schema in _leaves() if schema.get("tunable")]
+
+
+def check(name: str, preset: str, overrides: Mapping[str, Any]) -> DistillConfig:
+    """The configuration with each field ``a.b`` of ``overrides`` changed, as somebody asks for it who is not trusted.
+
+    Other than settings of the command line, values are of the field's type (a text is not read for a number in it), and
+    only what is tunable can be changed.
+
+    Raises:
+        ConfigError: no such recipe, preset or field, or a value that does not fit; ``field`` says which one.
+    """
+    values = load(name, [f"preset={preset}"]).model_dump(mode="json")
+    known = {path: schema.get("tunable", False) for path, schema in _leaves()}
+    for path, value in overrides.items():
+        if path not in known:
+            near = get_close_matches(path, [other for other in known if known[other]], n=1)
+            hint = f"; did you mean {near[0]}?" if near else ""
+            raise ConfigError(f"the recipe {name} has no such field{hint}", path)
+        if not known[path]:
+            raise ConfigError("this field is not one that a request may change", path)
+        *parents, last = path.split(".")
+        _at(values, ".".join(parents))[last] = value
+    try:
+        # As JSON, in which pairs are lists; strict, or a "1" would be a number.
+        return DistillConfig.model_validate_json(json.dumps(values), strict=True)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        where = ".".join(str(part) for part in first["loc"])
+        # Of a pair the place is one of its numbers; of two fields that do not fit each other, what both are part of.
+        field = next((path for path in overrides if where == path or where.startswith(f"{path}.")), None)
+        if field is None:
+            field = next((path for path in overrides if path.startswith(where)), None)
+            raise ConfigError(first["msg"].removeprefix("Value error, "), field) from None
+        got = json.dumps(overrides[field])
+        raise ConfigError(f"got {got if len(got) <= 64 else got[:64] + '...'}; {first['msg']}", field) from None
+
+
+def _field(path: str, schema: Mapping[str, Any], default: Any) -> TunableField:
+    bounds = {name: schema.get(name) for name in ("minimum", "maximum")}
+    above, below = schema.get("exclusiveMinimum"), schema.get("exclusiveMaximum")
+    if schema["type"] == "integer":
+        bounds = {
+            "minimum": bounds["minimum"] if above is None else above + 1,
+            "maximum": bounds["maximum"] if below is None else below - 1,
+        }
+        above = below = None
+    return TunableField(
+        path=path,
+        type="pair" if schema["type"] == "array" else schema["type"],
+        default=default,
+        above=above,
+        below=below,
+        choices=schema.get("enum"),
+        description=schema["description"],
+        **bounds,
+    )
+
+
+def _leaves(definition: str | None = None, prefix: str = "") -> Iterator[tuple[str, dict[str, Any]]]:
+    """Path and JSON schema of every value in a distillation's configuration, in order."""
+    part = _SCHEMA["$defs"][definition] if definition else _SCHEMA
+    for name, schema in part["properties"].items():
+        if "$ref" in schema:
+            yield from _leaves(schema["$ref"].rpartition("/")[2], f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", schema
+
+
+_SCHEMA = DistillConfig.model_json_schema()
+
+
+def _at(values: dict[str, Any], path: str) -> Any:
+    node: Any = values
+    for name in filter(None, path.split(".")):
+        node = node[name]
+    return node
+
+
+def teacher_of(config: DistillConfig) -> str:
+    """What the teacher is called that a configuration names by its folder."""
+    return config.teacher.rstrip("/").rpartition("/")[2]
 
 
 TEACHERS = {"shapes": teach_shapes}

@@ -11,27 +11,18 @@ Each step is skipped where its result is in the folder: the same command resumes
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import shutil
 from pathlib import Path
 from typing import Any
 
-from distill import report, schedule, student
+from distill import lineage, report, schedule, student
 from distill.backbones import base
 from distill.config import ConfigError, DistillConfig
 from distill.loop import Run, remember, write_json
 from distill.stages import importance, matching, pruning, watch
 from distill.stages.given import Given
-
-OUTPUTS = {
-    "latents": ("latents-train.safetensors", "latents-dev.safetensors"),
-    "importance": ("importance.json", "importance.png"),
-    "pruning": ("pruning.safetensors",),
-    "matching": ("matching.safetensors",),
-}
-"""What each stage leaves for the next."""
 
 
 def distil(folder: Path, config: DistillConfig, begun: Path | None = None) -> Path:
@@ -90,13 +81,11 @@ def save(
     count = sum(p.numel() for p in transformer.parameters())
     wall_s = report.seconds_by_stage(run.folder)
     done = {event["stage"]: event["step"] for event in report.events(run.folder)}
+    made = lineage.stages(run.folder, config, card.sha256)
     stages = [
-        {"name": name, "config_sha256": part.sha256, "seed": config.seed, "iterations": done.get(name, 0),
-         "wall_s": round(wall_s.get(name, 0.0))}
-        for name, part in (
-            ("importance", config.importance), ("pruning", config.pruning), ("matching", config.matching)
-        )
-    ]  # fmt: skip
+        {**entry, "iterations": done.get(entry["name"], 0), "wall_s": round(wall_s.get(entry["name"], 0.0))}
+        for entry in made
+    ]
 
     def save_parts(aside: Path) -> None:
         given.backbone.with_parts(given.pipe, transformer, scheduler).save_config(aside)
@@ -125,25 +114,16 @@ def save(
             blocks=student.Blocks(kept=kept, pruned=pruned, block_ratio=found.block_ratio, ratio=found.ratio),
             guidance=config.matching.scores.model_dump(mode="json"),
             code=student.code_version(),
+            parent_sha256=lineage.parents(run.folder),
         ),
         save_parts,
     )
 
 
-def stage_inputs(config: DistillConfig, teacher_sha256: str) -> dict[str, str]:
-    """A hash of everything that each stage's result depends on."""
-    shared = [teacher_sha256, config.seed, config.num_clips, config.precision]
-    stage_one = [*shared, config.shift, config.importance.sha256, config.pruning.unimportant]
-    stage_two = [*stage_one, config.text_drop, config.pruning.sha256]
-    stage_three = [*stage_two, config.student.sha256, config.matching.sha256, config.watched]
-    inputs = {"latents": shared[:3], "importance": stage_one, "pruning": stage_two, "matching": stage_three}
-    return {name: hashlib.sha256(json.dumps(values).encode()).hexdigest() for name, values in inputs.items()}
-
-
 def _begin(folder: Path, config: DistillConfig, teacher_sha256: str, begun: Path | None) -> None:
     """Write down what the run is, or check that it is the one that was begun here; take over another's stages."""
     remember(folder, config)
-    inputs, path = stage_inputs(config, teacher_sha256), folder / "stages.json"
+    inputs, path = lineage.inputs(config, teacher_sha256), folder / "stages.json"
     # With the configuration the same, only the teacher can differ.
     if path.exists() and json.loads(path.read_text()) != inputs:
         raise ConfigError(f"{folder} was begun with another version of {config.teacher}; take a new folder")
@@ -160,7 +140,7 @@ def _take_over(begun: Path, folder: Path, inputs: dict[str, str]) -> None:
         raise ConfigError(f"--from {begun}: there is no run; give the folder of an earlier `distill run`") from None
     taken = set()
     for name, wanted in inputs.items():
-        for output in OUTPUTS[name] if theirs[name] == wanted else ():
+        for output in lineage.LEAVES[name] if theirs[name] == wanted else ():
             if (begun / output).exists() and not (folder / output).exists():
                 try:
                     os.link(begun / output, folder / output)

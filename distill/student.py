@@ -12,7 +12,7 @@ import json
 import os
 import shutil
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -85,7 +85,8 @@ class Card(BaseModel):
     prompt: Prompt
     video: Video
     stages: tuple[dict[str, Any], ...]
-    """How it was made, one entry for each optimisation."""
+    """How it was made, an entry for each stage. Those of a student's also hold what the stage was given
+    (``parent_sha256``) and what it left (``sha256``), by the file's name within the run (`distill.lineage`)."""
     metrics: dict[str, float]
     files: dict[str, str]
     """sha256 of every other file, by path within the folder."""
@@ -95,6 +96,8 @@ class Card(BaseModel):
     """Of the real score that it was trained with."""
     code: dict[str, str] | None = None
     """Version and commit of what made it."""
+    parent_sha256: dict[str, str] | None = None
+    """Of what a student was written from, by the file's name within its run."""
 
     @property
     def sha256(self) -> str:
@@ -123,26 +126,48 @@ def read_card(folder: Path) -> Card:
     Raises:
         FolderError: what is missing, changed or does not fit, and in which file.
     """
+    path = card_path(folder)
+    card = parse_card(path)
+    for name, got in altered(folder, card):
+        if got is None:
+            raise FolderError(f"{folder / name} is missing, and {path.name} lists it; copy the whole folder again")
+        raise FolderError(
+            f"{folder / name} has sha256 {got[:12]}..., and {path.name} says {card.files[name][:12]}...: "
+            "it was changed after the folder was written; copy the whole folder again"
+        )
+    _check_num_layers(folder)
+    return card
+
+
+def card_path(folder: Path) -> Path:
+    """The card of a model folder. Raises ``FolderError`` where there is none."""
     path = next((folder / name for name in CARD_NAMES if (folder / name).is_file()), None)
     if path is None:
         raise FolderError(f"{folder} is no model folder: it has neither {' nor '.join(CARD_NAMES)}")
+    return path
+
+
+def parse_card(path: Path) -> Card:
+    """What a card says; its folder is not looked at. Raises ``FolderError`` that names the field that is wrong."""
     try:
-        card = Card.model_validate_json(path.read_text())
+        return Card.model_validate_json(path.read_bytes())
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"])
         raise FolderError(f"{path}: field {where}: {first['msg']}") from None
+
+
+def altered(folder: Path, card: Card) -> Iterator[tuple[str, str | None]]:
+    """Each file that is not as ``card`` lists it, with its sha256; None where it is missing."""
     for name, wanted in card.files.items():
-        if not (folder / name).is_file():
-            raise FolderError(f"{folder / name} is missing, and {path.name} lists it; copy the whole folder again")
-        got = file_sha256(folder / name)
+        got = file_sha256(folder / name) if (folder / name).is_file() else None
         if got != wanted:
-            raise FolderError(
-                f"{folder / name} has sha256 {got[:12]}..., and {path.name} says {wanted[:12]}...: "
-                "it was changed after the folder was written; copy the whole folder again"
-            )
-    _check_num_layers(folder)
-    return card
+            yield name, got
+
+
+def unlisted(folder: Path, card: Card) -> list[str]:
+    """Files that a pipeline may read and that ``card`` knows nothing of."""
+    return [name for path in _files(folder) if (name := str(path.relative_to(folder))) not in card.files]
 
 
 def _check_num_layers(folder: Path) -> None:

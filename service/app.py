@@ -22,7 +22,19 @@ from service.guard import guarded_client
 from service.jobs import JobStore
 from service.middleware import BodyLimit, RequestId, SameSite
 from service.reading import Reader
-from service.routes import admin, generate, health, metrics, openai_videos, playground, videos
+from service.routes import (
+    admin,
+    generate,
+    health,
+    metrics,
+    openai_videos,
+    playground,
+    students,
+    videos,
+)
+from service.routes import (
+    distillations as distillation_routes,
+)
 from service.settings import Settings
 from worker import tracing
 from worker.metrics import Metrics
@@ -45,7 +57,7 @@ def create_app(settings: Settings) -> FastAPI:
         async_redis = connect_async(settings.redis_url)
         storage = Storage(settings.storage_url)
         store = JobStore(settings, redis, queue_redis, storage)
-        distillations = DistillationStore(redis, queue_redis)
+        distillations = DistillationStore(redis, queue_redis, storage)
         reader = Reader(async_redis, store.lookout)
         hub = Hub(async_redis, reader)
         secret = await run_in_threadpool(links.link_secret, redis)
@@ -92,7 +104,7 @@ def create_app(settings: Settings) -> FastAPI:
     # FastAPI's own page loads Swagger UI from a CDN; this one serves it from here.
     patch_fastapi(app, docs_url="/docs", redirect_from_root_to_docs=False)
     errors.install(app)
-    for module in (generate, openai_videos, videos, health, metrics, playground, admin):
+    for module in (generate, openai_videos, videos, health, metrics, playground, admin, students, distillation_routes):
         app.include_router(module.router)
     app.mount("/web", playground.Web(directory=playground.WEB), name="web")
     app.add_middleware(BodyLimit, max_bytes=settings.max_body_bytes)

@@ -11,6 +11,7 @@ import asyncio
 import json
 import logging
 import math
+import re
 import time
 from collections.abc import AsyncIterator, Iterator
 from contextlib import contextmanager, suppress
@@ -18,9 +19,11 @@ from typing import Any, cast
 
 from redis.asyncio import Redis as AsyncRedis
 from redis.exceptions import RedisError
+from sse_starlette import EventSourceResponse, ServerSentEvent
 
 from service.reading import Reader, Seen
-from worker.contract import CHANGES_CHANNEL, Record, Status, events_key
+from worker.contract import CHANGES_CHANNEL, Record, Status, events_key, record_key
+from worker.records import RecordT
 
 log = logging.getLogger(__name__)
 
@@ -31,6 +34,9 @@ _QUEUE_S = 2.0
 _PAUSE_S = 0.5
 _PING_S = 30.0
 """A connection that has gone without a word is found out by then."""
+_PING_CLIENT_S = 15
+_SEND_S = 30
+_RECONNECT_MS = 2000
 _MOST = 64
 """Changes that are read at a time."""
 
@@ -211,6 +217,46 @@ async def wait(redis: AsyncRedis, hub: Hub, reader: Reader, job_id: str, seconds
     async for _, seen in follow(redis, hub, reader, job_id, until=time.monotonic() + seconds):
         record = seen.record
     return record
+
+
+async def states(
+    redis: AsyncRedis, hub: Hub, kind: type[RecordT], job_id: str, last_id: str | None = None
+) -> AsyncIterator[tuple[str, RecordT]]:
+    """A job of any kind as it is now, and again after changes, up to its end; with the id of the latest change.
+
+    Changes that come close together are one. With ``last_id`` it begins with what has changed since.
+    """
+    with hub.watching(job_id) as watch:
+        while True:
+            # The stream's end first, then the record: a change in between comes twice rather than never.
+            newest = cast(list[tuple[str, Any]], await redis.xrevrange(events_key(job_id), count=1))
+            values = cast(dict[str, str], await redis.hgetall(record_key(job_id)))
+            if not values:
+                return
+            record, cursor = kind.from_hash(values), newest[0][0] if newest else "0-0"
+            if cursor != last_id or record.status.is_terminal:
+                last_id = cursor
+                yield cursor, record
+            if record.status.is_terminal:
+                return
+            await watch.wait(_LOOK_S)
+
+
+def valid_id(text: str | None) -> str | None:
+    """A `Last-Event-ID`, if it is one of ours and no more than Redis can count to; else a follower begins with now."""
+    return text if text is not None and re.fullmatch(r"[0-9]{1,18}-[0-9]{1,18}", text) else None
+
+
+def sent(stream: AsyncIterator[ServerSentEvent]) -> EventSourceResponse:
+    """An answer that lasts. Who loses it, or takes nothing for too long, comes again with the last id that it had."""
+
+    async def whole() -> AsyncIterator[ServerSentEvent]:
+        yield ServerSentEvent(retry=_RECONNECT_MS, comment="FastLightGen")
+        async for event in stream:
+            yield event
+
+    headers = {"X-Accel-Buffering": "no"}
+    return EventSourceResponse(whole(), ping=_PING_CLIENT_S, send_timeout=_SEND_S, headers=headers)
 
 
 def _after(record: Record, entry: dict[str, str]) -> Record:

@@ -114,6 +114,7 @@ class JobStore(Store[Record]):
         if not admitted.is_new:
             return self._as_it_became(admitted.job_id)
         moment, seed = now(), ask.fields.seed
+        pinned = ask.fields.model == card.id
         record = Record(
             id=request.id,
             status=Status.QUEUED,
@@ -121,6 +122,8 @@ class JobStore(Store[Record]):
             prompt=prompt,
             seed=secrets.randbits(32) if seed is None else seed,
             model=card.name,
+            follows=card is fleet.models[0] and not pinned,
+            pin=card.sha256 if pinned else None,
             created_at=moment,
             expires_at=moment + 3600 * self._settings.retention_hours,
             webhook_url=ask.fields.webhook_url,
@@ -178,7 +181,7 @@ class JobStore(Store[Record]):
             raise ApiError(503, "no_model", message, retry_after_s=5)
         card = fleet.model(fields.model)
         if card is None:
-            there = ", ".join(repr(card.name) for card in fleet.models)
+            there = ", ".join(map(repr, fleet.names))
             message = f"model: got {fields.model!r}; the models that can be asked for are {there}"
             raise ApiError(422, "unknown_model", message, param="model")
         if fields.steps not in (None, card.num_inference_steps):

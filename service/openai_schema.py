@@ -146,10 +146,10 @@ def video(view: Generation, size: VideoSize | None) -> Video:
     )
 
 
-def model(card: ModelCard, since: float) -> Model:
-    """A model as OpenAI's clients read it; ``since``, in epoch seconds, a worker has it."""
+def model(name: str, card: ModelCard, since: float) -> Model:
+    """A model as OpenAI's clients read it, under this name; ``since``, in epoch seconds, a worker has it."""
     return Model(
-        id=card.name,
+        id=name,
         created=int(since),
         task=card.task,
         steps=card.num_inference_steps,

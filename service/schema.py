@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator
 
-from worker.contract import Distillation, Heartbeat, JobRecord, ModelCard, Phase, Progress, Record, Seed, Status
+from worker.contract import Heartbeat, JobRecord, ModelCard, Phase, Record, Seed, Status
 
 Sign = Callable[[str, Record], str]
 """A file's path and its job -> the query that opens it, or "" where none is needed."""
@@ -34,7 +34,9 @@ class GenerateFields(BaseModel):
 
     prompt: Annotated[str, Field(max_length=2000, description="What should happen; see the model's prompt help")]
     seed: Seed | None = Field(default=None, description="Of the starting noise; drawn at random when absent")
-    model: Text | None = Field(default=None, description="One of `/models`; its first when absent")
+    model: Text | None = Field(
+        default=None, description="One of `/models` by name, or exactly by id; the first when absent"
+    )
     steps: int | None = Field(default=None, description="Only the model's own number of steps is possible")
     webhook_url: Text | None = Field(default=None, description="Is sent a signed message when the job is over")
     metadata: Metadata | None = Field(default=None, description="Texts of your own, at most 1 KiB; handed back as sent")
@@ -46,17 +48,6 @@ class GenerateFields(BaseModel):
             return json.loads(value) if isinstance(value, str) and value.startswith("{") else value
         except RecursionError:
             raise ValueError("is nested too deeply; wanted an object of texts") from None
-
-
-class DistillationFields(BaseModel):
-    """The body of `POST /admin/distillations`."""
-
-    model_config = ConfigDict(
-        extra="forbid", frozen=True, json_schema_extra={"examples": [{"recipe": "shapes", "preset": "quick"}]}
-    )
-
-    recipe: str = Field(description="One of `distill.recipes`", examples=["shapes"])
-    preset: str = Field(default="full", description="How much of it to run: full, quick, smoke")
 
 
 class ErrorBody(BaseModel):
@@ -111,7 +102,9 @@ class Generation(BaseModel):
     thumbnail_url: str | None = None
     manifest_url: str | None = None
     error: ErrorBody | None = None
-    model: str
+    model: str = Field(description="By name: that it is for, and once it is done, that it was made by")
+    model_sha256: str | None = Field(default=None, description="Identity of the model that made it")
+    engine: str | None = Field(default=None, description="What ran that model, and where", examples=["ort-cpu"])
     seed: int
     metadata: dict[str, str] = {}
     webhook_url: str | None = None
@@ -128,32 +121,6 @@ class GenerationPage(BaseModel):
     """One page of a listing, newest first; pass ``last_id`` as ``after`` for the next."""
 
     data: list[Generation]
-    has_more: bool
-    last_id: str | None
-
-
-class DistillationView(BaseModel):
-    """One distillation as an administrator sees it."""
-
-    id: str
-    object: str = "distillation"
-    status: Status
-    recipe: str
-    preset: str
-    progress: Progress | None = Field(default=None, description="What the run has reported last")
-    attempt: int = Field(description="Number of starts that count: those whose trainer was killed, and the present one")
-    student: str | None = Field(default=None, description="The finished student's folder, under that of all runs")
-    error: ErrorBody | None = None
-    created_at: datetime
-    started_at: datetime | None = None
-    finished_at: datetime | None = None
-    links: Links
-
-
-class DistillationPage(BaseModel):
-    """One page of a listing, newest first; pass ``last_id`` as ``after`` for the next."""
-
-    data: list[DistillationView]
     has_more: bool
     last_id: str | None
 
@@ -260,14 +227,16 @@ def generation(
         prompt=record.prompt,
         **{f"{name}_url": _file(record, origin, suffix, sign) if done else None for name, suffix in _FILES.items()},
         model=record.model,
+        model_sha256=record.model_sha256,
+        engine=record.engine,
         seed=record.seed,
         metadata=record.metadata,
         webhook_url=record.webhook_url,
         webhook=webhook,
         remixed_from=record.remixed_from,
-        expires_at=_moment(record.expires_at),
+        expires_at=moment(record.expires_at),
         links=FollowedLinks(self=this, events=f"{this}/events", cancel=f"{this}/cancel"),
-        **_end_and_times(record),
+        **end_and_times(record),
     )
 
 
@@ -280,23 +249,7 @@ def _file(record: Record, origin: str, suffix: str, sign: Sign) -> str:
     return f"{origin}{path}?{query}" if query else f"{origin}{path}"
 
 
-def distillation(record: Distillation, origin: str) -> DistillationView:
-    """The administrator's view of a record."""
-    this = f"{origin}/admin/distillations/{record.id}"
-    return DistillationView(
-        id=record.id,
-        status=record.status,
-        recipe=record.recipe,
-        preset=record.preset,
-        progress=record.progress,
-        attempt=record.attempt,
-        student=record.student,
-        links=Links(self=this, cancel=f"{this}/cancel"),
-        **_end_and_times(record),
-    )
-
-
-def _end_and_times(record: JobRecord) -> dict[str, Any]:
+def end_and_times(record: JobRecord) -> dict[str, Any]:
     """What a view of any job says of how it ended and when."""
     error = None
     if record.error_code is not None and record.status is Status.FAILED:
@@ -304,11 +257,13 @@ def _end_and_times(record: JobRecord) -> dict[str, Any]:
         error = ErrorBody(message=record.error_message or "", type=kind, code=record.error_code)
     return {
         "error": error,
-        "created_at": _moment(record.created_at),
-        "started_at": _moment(record.started_at) if record.started_at else None,
-        "finished_at": _moment(record.finished_at) if record.finished_at else None,
+        "created_at": moment(record.created_at),
+        "started_at": moment(record.started_at) if record.started_at else None,
+        # One that goes on after it was over keeps the moment.
+        "finished_at": moment(record.finished_at) if record.finished_at and record.status.is_terminal else None,
     }
 
 
-def _moment(seconds: float) -> datetime:
+def moment(seconds: float) -> datetime:
+    """A time of a record as answers have it."""
     return datetime.fromtimestamp(seconds, UTC)

@@ -178,10 +178,7 @@ class Store(Generic[RecordT]):
         return job.get_status() in (JobStatus.FINISHED, JobStatus.FAILED, JobStatus.STOPPED, JobStatus.CANCELED)
 
     def _recover(self, record: RecordT) -> None:
-        # Nothing of the lost one may show in the new one, which has the same id.
-        self._queue.remove(record.id)
-        connection = self._queue.connection
-        connection.delete(Job.key_for(record.id), ExecutionRegistry(record.id, connection).key)
+        self._clear(record.id)
         alive = (Status.QUEUED, Status.RUNNING)
         try:
             if record.status is Status.CANCELLING:
@@ -195,6 +192,12 @@ class Store(Generic[RecordT]):
         except Refused:
             return  # it has moved on by itself
         log.warning("%s: %s here and lost in the queue; put right", record.id, record.status)
+
+    def _clear(self, job_id: str) -> None:
+        """Nothing of a job that is over may show in the one that is enqueued next, which has the same id."""
+        self._queue.remove(job_id)
+        connection = self._queue.connection
+        connection.delete(Job.key_for(job_id), ExecutionRegistry(job_id, connection).key)
 
     def upkeep(self) -> None:
         """`reconcile`, by one service at a time."""

@@ -39,6 +39,14 @@ OUR_VARIABLES = (
     "OTEL_SDK_DISABLED",
     "LEASE_S",
     "RUNS",
+    "STUDENTS",
+    "TEACHERS",
+    "GATE_AGAINST",
+    "TRAIN_POLICY",
+    "TRAIN_WINDOW",
+    "IDLE_S",
+    "GPU_NAME",
+    "GPU_LOCK",
 )
 
 

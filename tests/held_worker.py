@@ -82,11 +82,11 @@ def main(folder: Path, overlap: bool) -> None:
     url, lease_s = os.environ["REDIS_URL"], int(os.environ["LEASE_S"])
     redis, name = connect(url), unique_name("worker")
     pipeline = HeldPipeline(folder)
-    jobs.install(jobs.Runtime(name, {"grey": pipeline}, Records(redis, Record), Storage(os.environ["STORAGE_URL"])))
+    jobs.install(jobs.Runtime(name, jobs.Loaded(pipeline), Records(redis, Record), Storage(os.environ["STORAGE_URL"])))
     publish_models(redis, [CARD])
     state = {"state": WorkerState.LOADING, "started_at": now(), "seen_at": now()}
     pulse = Pulse(
-        redis, Heartbeat(name=name, model="grey", models=("grey",), model_sha256="", engine="none", **state), lease_s
+        redis, Heartbeat(name=name, model="grey", models=(CARD.id,), model_sha256="", engine="none", **state), lease_s
     )
     pulse.start()
     try:

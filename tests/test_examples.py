@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Self
+from typing import Self, get_args
 
 import httpx
 import pytest
@@ -28,6 +28,7 @@ from tests.clips import decode
 from tests.stack import ROOT, free_port, stop, wait_for
 from worker.contract import METRICS_KEY, active_key
 from worker.records import connect
+from worker.releases import NotPromoted
 
 EXAMPLES = ROOT / "examples"
 GUIDE = (ROOT / "docs" / "clients.md").read_text()
@@ -282,7 +283,8 @@ def test_the_answer_that_the_guide_shows_is_one():
 def test_the_guide_knows_every_error_and_no_other():
     rows = re.findall(r"^\| \d{3} \| (.*?) \|", GUIDE, re.MULTILINE)
     of_a_status = {"bad_request", "method_not_allowed", "request_header_fields_too_large"}
-    made_up = {*of_a_status, "unknown_recipe", "unknown_preset"}  # and of a field
+    of_a_field = {f"unknown_{name}" for name in ("recipe", "preset", "teacher", "dataset")}
+    made_up = of_a_status | of_a_field | set(get_args(NotPromoted.Code))
     assert named(" ".join(rows)) == codes_of("service") | made_up
     ends = re.search(r"^A job that has failed(.*?)\n\n", GUIDE, re.DOTALL | re.MULTILINE)
     assert ends

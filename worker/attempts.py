@@ -51,7 +51,12 @@ def attempt(
         return None
     try:
         if record.attempt > MAX_ATTEMPTS:
-            fail(records, record, "worker_crashed", f"the worker died {MAX_ATTEMPTS} times during this {record.noun}")
+            fail(
+                records,
+                record,
+                "worker_crashed",
+                f"every attempt at this {record.noun} was lost: {MAX_ATTEMPTS} in a row",
+            )
             return None
         return work(record)
     except Refused as refused:

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import json
 from enum import StrEnum
-from typing import Annotated, Any, ClassVar, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, field_validator
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, computed_field, field_validator
 
 from distill.prompt import Prompt
 
@@ -141,12 +141,19 @@ class Record(JobRecord):
     """As the model reads it (the canonical sentence)."""
     seed: Seed
     model: str
-    """Name of the model that it was accepted for."""
+    """Name of the model that it was accepted for; in the end, of the one that made it."""
+    follows: bool = False
+    """Whether that was the active one, and no other was meant: then it runs on whichever is active by then."""
+    pin: str | None = None
+    """sha256 of the one model that may make it, where the request named one exactly."""
     expires_at: float
     phase: Phase | None = None
     progress: float = 0.0
     """Share of the work done, 0 to 1."""
     model_sha256: str | None = None
+    """Of the model that made it."""
+    engine: str | None = None
+    """What ran that model's transformer."""
     webhook_url: str | None = None
     """Who is told when the job is over."""
     metadata: dict[str, str] = {}
@@ -184,8 +191,62 @@ class Progress(BaseModel):
     """Loss and whatever else the stage reports, each as last seen."""
 
 
+class BlockImportance(BaseModel):
+    """What stage I found: which blocks matter least."""
+
+    model_config = ConfigDict(frozen=True)
+
+    drop: list[float]
+    """Of the ELBO without the block, for each."""
+    pruned: list[int]
+    """Those that go."""
+
+
+class RunFile(BaseModel):
+    """A picture or report that a run has made."""
+
+    model_config = ConfigDict(frozen=True)
+
+    kind: Literal["sheet", "plot", "report"]
+    at: float
+    size_bytes: int
+
+
+class Checkpoint(BaseModel):
+    """What a run would go on from."""
+
+    model_config = ConfigDict(frozen=True)
+
+    stage: str
+    step: int
+    at: float
+
+
+class GateSummary(BaseModel):
+    """What the gate said of a student."""
+
+    model_config = ConfigDict(frozen=True)
+
+    passed: bool
+    refusals: list[str]
+    """What is wrong, a line for each limit that is not kept."""
+    against: str
+    """sha256 of the student that was served then."""
+    recipe: str
+    """Whose limits they were."""
+    at: float
+
+
+class RunPhase(StrEnum):
+    """What a distillation that runs is doing."""
+
+    TRAINING = "training"
+    GATE = "gate"
+    PUBLISHING = "publishing"
+
+
 class Distillation(JobRecord):
-    """One distillation: a run of `python -m distill run`."""
+    """One distillation: a run of `python -m distill run`, the gate's verdict on its student, and that published."""
 
     noun = "distillation"
     queue = TRAIN_QUEUE
@@ -197,14 +258,73 @@ class Distillation(JobRecord):
     id: DistillationId
     recipe: str
     preset: str
+    overrides: dict[str, Any] = {}
+    """Fields of the recipe that were asked to be other than they are: `pruning.fit.steps` -> 40."""
+    limits: dict[str, Any] = {}
+    """Of the gate, likewise: `ground_truth.score` -> .03."""
+    teacher: str | None = None
+    """A name in the trainer's ``Offer``; None: the recipe's own."""
+    dataset: str | None = None
+    """Likewise."""
+    promote: Literal["auto", "manual"] = "manual"
+    """auto: a student that passes the gate is served at once."""
+    phase: RunPhase | None = None
     progress: Progress | None = None
+    importance: BlockImportance | None = None
     student: str | None = None
     """The finished student's folder, relative to that of all runs."""
+    student_sha256: str | None = None
+    gate: GateSummary | None = None
+    release: int | None = None
+    """Number of the release that promoted it."""
+    note: str | None = None
+    """Why a student that was to be promoted was not."""
+
+    @field_validator("overrides", "limits", "importance", "gate", mode="before")
+    @classmethod
+    def _also_from_json(cls, value: object) -> object:
+        return json.loads(value) if isinstance(value, str) else value
 
     @property
     def forget_at(self) -> int:
         """A year after it was asked for; its run folder stays."""
         return int(self.created_at) + 365 * 24 * 3600
+
+
+class Named(BaseModel):
+    """A model by its name and identity."""
+
+    model_config = ConfigDict(frozen=True)
+
+    name: str
+    sha256: str
+
+
+class Offer(BaseModel):
+    """What the trainer can do, at ``TRAIN_OFFER_KEY``: names, and never where a thing lies."""
+
+    model_config = ConfigDict(frozen=True)
+
+    recipes: tuple[str, ...]
+    teachers: tuple[Named, ...]
+    datasets: tuple[str, ...]
+    policy: Literal["share", "serve-first", "window"]
+    """When it trains: always, while nobody waits for a video, or in ``window`` alone."""
+    window: str | None = None
+    """`22:00-06:00`, in the trainer's own time."""
+    gpu: str
+    """Which GPU (or machine) it trains on."""
+
+
+class GpuHolder(BaseModel):
+    """Who has a GPU for itself, at ``gpu_key(gpu)``, for as long as it renews that."""
+
+    model_config = ConfigDict(frozen=True)
+
+    owner: str
+    """Name of the trainer."""
+    until: float
+    """When it will give it back at the latest."""
 
 
 class VideoSize(BaseModel):
@@ -225,25 +345,50 @@ class ModelCard(BaseModel):
 
     name: str
     sha256: str
+    kind: Literal["teacher", "student"] = "student"
     task: str
     num_inference_steps: int
     video: VideoSize
     prompt: Prompt
 
+    @computed_field  # type: ignore[prop-decorator]
+    @property
+    def id(self) -> str:
+        """What a request calls exactly this model."""
+        return model_id(self.name, self.sha256)
+
     @property
     def pace(self) -> str:
         """What the seconds of a job depend on: which student, and what size of video."""
         size = self.video
-        return f"{self.name}@{self.sha256[:12]}:{size.width}x{size.height}x{size.num_frames}"
+        return f"{self.id}:{size.width}x{size.height}x{size.num_frames}"
 
 
 class WorkerState(StrEnum):
     """What a worker says of itself in its heartbeat."""
 
+    WAITING = "waiting"
+    """For its GPU, which training has for itself; it holds nothing of it."""
     LOADING = "loading"
     READY = "ready"
     BUSY = "busy"
     STOPPING = "stopping"
+
+
+class Staging(BaseModel):
+    """How far a worker is with the student that was released last."""
+
+    model_config = ConfigDict(frozen=True)
+
+    wanted: str
+    """sha256 of that student."""
+    state: Literal["loaded", "staging", "failed"]
+    message: str | None = None
+    """Why it failed; the worker serves what it had before, and tries again."""
+    seconds: float | None = None
+    """That the staging took."""
+    how: Literal["refit", "build", "loaded"] | None = None
+    """What became of its engine: other weights in one that was there, a new one, or it was there as it is."""
 
 
 class Heartbeat(BaseModel):
@@ -257,12 +402,18 @@ class Heartbeat(BaseModel):
     """The one that answers when a request names none."""
     model_sha256: str
     models: tuple[str, ...] = ()
-    """All that it has loaded."""
+    """``ModelCard.id`` of all that it has loaded, that one first."""
     engine: str
     engine_reason: str | None = None
     """Why it is not the one that comes first, where that is so."""
+    gpu: str | None = None
+    """Its GPU, which it leaves to training that wants it for itself; None: it does not."""
+    waiting_until: float | None = None
+    """When that training ends at the latest."""
     gpu_mem_bytes: int | None = None
-    """What it holds of its GPU's memory."""
+    """What PyTorch holds of its GPU's memory."""
+    release: Staging | None = None
+    """None: nothing was ever released."""
     started_at: float
     seen_at: float
 
@@ -270,9 +421,17 @@ class Heartbeat(BaseModel):
 # --- keys and files --------------------------------------------------------------------------------------------------
 
 ACTIVE_MODEL_KEY = "flg:model:active"
-"""String: name of the model that answers when a request names none."""
+"""String: ``ModelCard.id`` of the model that answered last when a request named none; for while no worker is there."""
 MODELS_KEY = "flg:models"
-"""Hash: name -> ``ModelCard`` as JSON, of all that workers have loaded; those of living workers can be asked for."""
+"""Hash: ``ModelCard.id`` -> the card as JSON, of all that workers have ever loaded."""
+STUDENTS_KEY = "flg:students"
+"""Hash: sha256 -> `worker.releases.Student` as JSON."""
+RELEASE_KEY = "flg:release"
+"""Hash: `number` of the latest release, and the students that are `active` and `previous` since, by their sha256."""
+STACK_KEY = "flg:release:stack"
+"""List: the sha256 of what was promoted and not rolled back, the active one first."""
+RELEASES_KEY = "flg:release:history"
+"""List: `worker.releases.Release` as JSON, the newest first."""
 SECONDS_KEY = "flg:seconds"
 """Hash: ``ModelCard.pace`` -> moving average of the seconds of a worker that a job takes, for the ETA."""
 SLOTS_KEY = "flg:slots"
@@ -285,6 +444,8 @@ WORKERS_KEY = "flg:workers"
 """Set of the names of workers; whose heartbeat has run out is no longer one."""
 
 
+TRAIN_OFFER_KEY = "flg:train:offer"
+"""String: the trainer's ``Offer`` as JSON; it stays while there is no trainer."""
 KEYS_KEY = "flg:keys"
 """Set of the ids of all API keys."""
 LINK_SECRET_KEY = "flg:secret:links"  # noqa: S105
@@ -318,6 +479,11 @@ def webhook_key(job_id: str) -> str:
     return f"flg:webhook:{job_id}"
 
 
+def model_id(name: str, sha256: str) -> str:
+    """What a request calls exactly this model; by its name alone it may come to be another one."""
+    return f"{name}@{sha256[:12]}"
+
+
 def record_key(job_id: str) -> str:
     """Hash of one job's record."""
     return f"flg:job:{job_id}"
@@ -331,6 +497,36 @@ def events_key(job_id: str) -> str:
 def worker_key(name: str) -> str:
     """String: one worker's ``Heartbeat`` as JSON."""
     return f"flg:worker:{name}"
+
+
+def run_log_key(job_id: str) -> str:
+    """Stream: the lines of one run's log, each under its place in the file (bytes), capped."""
+    return f"flg:run:{job_id}:log"
+
+
+def run_metrics_key(job_id: str) -> str:
+    """Stream: the lines of its `events.jsonl` as JSON (time, stage, step, steps, values), likewise."""
+    return f"flg:run:{job_id}:metrics"
+
+
+def run_files_key(job_id: str) -> str:
+    """Hash: name -> ``RunFile`` as JSON, of what lies at ``sample_path``."""
+    return f"flg:run:{job_id}:files"
+
+
+def run_checkpoints_key(job_id: str) -> str:
+    """Hash: stage -> ``Checkpoint`` as JSON, its latest."""
+    return f"flg:run:{job_id}:checkpoints"
+
+
+def gpu_key(gpu: str) -> str:
+    """String: the ``GpuHolder`` of one GPU as JSON, if it has one."""
+    return f"flg:gpu:{gpu}"
+
+
+def sample_path(job_id: str, name: str) -> str:
+    """A picture or report of a run, relative to the storage root."""
+    return f"samples/{job_id}.{name}"
 
 
 def input_path(job_id: str) -> str:

@@ -8,6 +8,7 @@ lease for each that another thread renews, a cooperative stop, and a heartbeat o
 from __future__ import annotations
 
 import logging
+import sys
 import threading
 from collections.abc import Callable
 from functools import partial
@@ -81,9 +82,15 @@ class Pulse(threading.Thread):
 
     def _write(self) -> None:
         state = self._state() if self._state else self._heartbeat.state
-        text = self._heartbeat.model_copy(update={"state": state, "seen_at": now()}).model_dump_json()
+        seen = {"state": state, "seen_at": now(), "gpu_mem_bytes": _gpu_mem_bytes()}
+        text = self._heartbeat.model_copy(update=seen).model_dump_json()
         self._redis.set(worker_key(self._heartbeat.name), text, ex=self._lease_s)
         self._redis.sadd(WORKERS_KEY, self._heartbeat.name)
+
+
+def _gpu_mem_bytes() -> int | None:
+    torch = sys.modules.get("torch")  # loaded by whoever has a model
+    return torch.cuda.memory_reserved() if torch and torch.cuda.is_initialized() else None
 
 
 class GpuWorker(Leased, SimpleWorker):

@@ -21,7 +21,7 @@ from importlib.metadata import version
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, cast
 
-from PIL import Image
+from PIL import Image, ImageOps
 from redis import Redis
 from redis.exceptions import RedisError
 from rq.job import Job
@@ -29,7 +29,7 @@ from rq.timeouts import JobTimeoutException
 
 from worker import logs, tracing, video
 from worker.attempts import attempt, fail, finish, lost
-from worker.contract import OUTPUT_SUFFIXES, SECONDS_KEY, Phase, Record, Status, input_path, output_path
+from worker.contract import OUTPUT_SUFFIXES, SECONDS_KEY, Phase, Record, Status, input_path, model_id, output_path
 from worker.engine.errors import EngineLost
 from worker.flights import Cancelled, Flight, Interrupted, current
 from worker.metrics import Metrics, observe_cancel, observe_start, observe_success
@@ -41,14 +41,47 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+_MADE_BY = ("model", "model_sha256", "engine")
+"""What the record takes over from the manifest."""
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """The models of a worker at one moment. A job that has begun keeps its own, whatever comes next."""
+
+    active: VideoPipeline
+    """Answers when a request names none."""
+    fixed: tuple[VideoPipeline, ...] = ()
+    """The others of MODEL."""
+    previous: VideoPipeline | None = None
+    """The one that was active before."""
+
+    @property
+    def pipelines(self) -> list[VideoPipeline]:
+        """Each once. Of several with one name the first answers to it."""
+        every = (self.active, *self.fixed, *([self.previous] if self.previous else ()))
+        return list({pipeline.card.sha256: pipeline for pipeline in every}.values())
+
+    def find(self, sha256: str | None) -> VideoPipeline | None:
+        """The one with this identity."""
+        return next((pipeline for pipeline in self.pipelines if pipeline.card.sha256 == sha256), None)
+
+    def of(self, record: Record) -> VideoPipeline | None:
+        """The one that is to make this video; None if it is not here."""
+        if record.pin is not None:
+            return self.find(record.pin)
+        if record.follows:
+            return self.active
+        return next((pipeline for pipeline in self.pipelines if pipeline.card.name == record.model), None)
+
 
 @dataclass
 class Runtime:
     """What a worker process holds for as long as it lives."""
 
     name: str
-    pipelines: dict[str, VideoPipeline]
-    """By the name of their model."""
+    loaded: Loaded
+    """Replaced as a whole when another student is released."""
     records: Records[Record]
     storage: Storage
     metrics: Metrics = field(default_factory=Metrics)
@@ -101,12 +134,17 @@ def _attempt(runtime: Runtime, record: Record) -> None:
     Raises ``Refused``, ``RedisError``, ``OSError``, and what rq has asked for: ``Cancelled``, ``Interrupted``.
     """
     flight = current()
-    pipeline = runtime.pipelines.get(record.model)
+    loaded = runtime.loaded
+    pipeline = loaded.of(record)
     if pipeline is None:
-        served = ", ".join(runtime.pipelines)
-        message = f"{record.model} was replaced by {served} while this job waited; send it again"
+        served = ", ".join(one.model_card.id for one in loaded.pipelines)
+        wanted = model_id(record.model, record.pin) if record.pin else record.model
+        message = (
+            f"{wanted} was replaced while this job waited; served now are {served}; send it again with one of them"
+        )
         fail(runtime.records, record, "model_gone", message)
         return
+    record = record.model_copy(update={"model": pipeline.card.name})
     if record.start_by is not None and now() > record.start_by:
         message = "the job had not begun by its deadline for that (X-Deadline-Start)"
         fail(runtime.records, record, "deadline_start", message)
@@ -172,16 +210,20 @@ def _run(runtime: Runtime, pipeline: VideoPipeline, record: Record, flight: Flig
     started = time.monotonic()
     if runtime.storage.exists(output_path(record.id, "json")):
         # An earlier attempt published everything (the manifest is last) and died before it could say so.
-        finish(runtime.records, record, Status.SUCCEEDED, progress=1.0, model_sha256=pipeline.card.sha256)
+        manifest = json.loads(runtime.storage.read(output_path(record.id, "json")))
+        made_by = {name: manifest[name] for name in _MADE_BY}
+        finish(runtime.records, record, Status.SUCCEEDED, progress=1.0, **made_by)
         return
     try:
         image_bytes = runtime.storage.read(input_path(record.id))
     except FileNotFoundError:
         fail(runtime.records, record, "input_missing", "the input image is no longer in the storage")
         return
-    progress = _Progress(runtime.records, record, flight)
+    progress, size = _Progress(runtime.records, record, flight), pipeline.card.video
     with Image.open(io.BytesIO(image_bytes)) as image:
-        denoised = pipeline.denoise(image.convert("RGB"), record.prompt, seed=record.seed, on_progress=progress)
+        # As it is, unless another student with another size has been released since it was accepted.
+        fitted = ImageOps.fit(image.convert("RGB"), (size.width, size.height))
+        denoised = pipeline.denoise(fitted, record.prompt, seed=record.seed, on_progress=progress)
     tracing.phase_spans(denoised.timings_s)
     flight.leave_transformer()
     flight.wait_for_decoder(progress.again)
@@ -190,7 +232,7 @@ def _run(runtime: Runtime, pipeline: VideoPipeline, record: Record, flight: Flig
     manifest = _manifest(pipeline, record, denoised.timings_s, image_bytes, mp4)
     runtime.storage.write(output_path(record.id, "json"), (json.dumps(manifest, indent=2) + "\n").encode())
     try:
-        finish(runtime.records, record, Status.SUCCEEDED, progress=1.0, model_sha256=pipeline.card.sha256)
+        finish(runtime.records, record, Status.SUCCEEDED, progress=1.0, **{name: manifest[name] for name in _MADE_BY})
     except Refused as refused:
         if refused.found != "missing":
             raise

@@ -5,17 +5,21 @@ from __future__ import annotations
 import logging
 import os
 import sys
+from functools import partial
+from pathlib import Path
 
 from distill.student import FolderError
-from worker import jobs, logs, tracing
+from worker import gpu_lock, jobs, logs, tracing
 from worker.contract import Heartbeat, Record, WorkerState
 from worker.engine.errors import EngineError
 from worker.flights import Flights
 from worker.gpu_worker import GpuWorker, Pulse
 from worker.pipeline import Options, VideoPipeline
 from worker.queues import unique_name
-from worker.records import Records, connect, now, publish_models
+from worker.records import Records, connect, now
+from worker.releases import Releases
 from worker.settings import Settings, read
+from worker.staging import Places, Stager
 from worker.storage import Storage, StorageError
 
 log = logging.getLogger("worker")
@@ -42,29 +46,29 @@ def main() -> int:
         model=settings.model[0].name,
         model_sha256="",
         engine="",
+        gpu=gpu_lock.name_of_gpu(settings.gpu_name) if settings.gpu_lock else None,
         started_at=started,
         seen_at=started,
     )
     pulse = Pulse(redis, heartbeat, settings.lease_s)
     pulse.show()
     pulse.start()
+    if heartbeat.gpu:
+        gpu_lock.give_way(redis, heartbeat.gpu, pulse.show)
+    records = Records(redis, Record)
+    places = Places(models=settings.model, storage=storage, students=settings.students)
+    # Models that share GPUs cannot be loaded beside each other.
+    keep_previous = settings.keep_previous and settings.devices == 1
+    stager = Stager(Releases(redis), places, partial(_load, settings), keep_previous=keep_previous)
     try:
-        pipelines = _load(settings)
+        runtime = jobs.Runtime(name, stager.begin(), records, storage)
     except (FolderError, EngineError) as error:
         sys.stderr.write(f"error: {error}\n")
         pulse.end()
         return 2
 
-    jobs.install(jobs.Runtime(name, pipelines, Records(redis, Record), storage))
-    publish_models(redis, [pipeline.model_card for pipeline in pipelines.values()])
-    first = next(iter(pipelines.values()))
-    pulse.show(
-        model=first.card.name,
-        model_sha256=first.card.sha256,
-        models=tuple(pipelines),
-        engine=first.choice.name,
-        engine_reason=first.choice.reason,
-    )
+    jobs.install(runtime)
+    stager.follow(runtime, pulse)
     # Offloading moves the autoencoder's weights to and fro, and both stages use it.
     flights = Flights(settings.max_batch, overlap=settings.overlap and settings.offload == "none")
     worker = GpuWorker(connect(settings.redis_url, text=False), name, pulse, settings.lease_s, flights)
@@ -75,19 +79,15 @@ def main() -> int:
     return 0
 
 
-def _load(settings: Settings) -> dict[str, VideoPipeline]:
-    """Every model, warm, by name. Raises ``FolderError``, ``EngineError``."""
-    pipelines: dict[str, VideoPipeline] = {}
-    for folder in settings.model:
-        started = now()
-        pipeline = VideoPipeline(folder, Options.of(settings))
-        if pipeline.card.name in pipelines:
-            raise FolderError(f"MODEL={folder}: another of these models is called {pipeline.card.name} too")
-        timings = pipeline.warm_up().timings_s
-        phases = ", ".join(f"{phase} {seconds:.2f} s" for phase, seconds in timings.items())
-        log.info("%s ready in %.1f s: %s", pipeline.card.name, now() - started, phases)
-        pipelines[pipeline.card.name] = pipeline
-    return pipelines
+def _load(settings: Settings, folder: Path) -> VideoPipeline:
+    """A model, warm. Raises ``FolderError``, ``EngineError``."""
+    started = now()
+    pipeline = VideoPipeline(folder, Options.of(settings))
+    timings = pipeline.warm_up().timings_s
+    phases = ", ".join(f"{phase} {seconds:.2f} s" for phase, seconds in timings.items())
+    engine = f"{pipeline.choice.name} {pipeline.choice.made} in {pipeline.choice.seconds:.2f} s"
+    log.info("%s ready in %.1f s: %s; %s", pipeline.card.name, now() - started, engine, phases)
+    return pipeline
 
 
 def run() -> None:

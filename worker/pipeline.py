@@ -137,6 +137,7 @@ class VideoPipeline:
         return ModelCard(
             name=self.card.name,
             sha256=self.card.sha256,
+            kind=self.card.kind,
             task=self.card.task,
             num_inference_steps=self.card.call["num_inference_steps"],
             video=VideoSize(**self.card.video.model_dump()),

@@ -23,6 +23,7 @@ from worker.contract import (
     ACTIVE_MODEL_KEY,
     LOCAL,
     MODELS_KEY,
+    RELEASE_KEY,
     WORKERS_KEY,
     Heartbeat,
     JobRecord,
@@ -241,22 +242,29 @@ class Records(Generic[RecordT]):
 def served_models(redis: Redis, alive: Iterable[Heartbeat]) -> list[ModelCard]:
     """The models that can be asked for, the one that answers when none is named first.
 
-    Those that the ``alive`` workers have loaded; while there is none, the last that answered. Empty before any worker
-    has been ready.
+    That is the released one as soon as one of the ``alive`` workers has it. The others are those that all of them have
+    loaded, in their order. While there is no worker, the last that answered. Empty before any has been ready.
     """
     first = cast(str | None, redis.get(ACTIVE_MODEL_KEY))
+    loaded = [worker for worker in alive if worker.models]
+    if loaded:
+        released = redis.hget(RELEASE_KEY, "active")
+        answering = [worker.models[0] for worker in loaded]
+        with_release = [worker.models[0] for worker in loaded if worker.model_sha256 == released]
+        first = (with_release or [one for one in answering if one == first] or answering)[0]
     if first is None:
         return []
-    names = list(dict.fromkeys([first, *sorted(name for worker in alive for name in worker.models)]))
-    texts = cast(list[str | None], redis.hmget(MODELS_KEY, names))
+    others = [] if not loaded else [one for one in loaded[0].models if all(one in other.models for other in loaded)]
+    texts = cast(list[str | None], redis.hmget(MODELS_KEY, list(dict.fromkeys([first, *others]))))
     return [ModelCard.model_validate_json(text) for text in texts if text]
 
 
 def publish_models(redis: Redis, cards: list[ModelCard]) -> None:
     """Say what a worker that is ready has loaded; the first answers when a request names none."""
+    released = redis.hget(RELEASE_KEY, "active")
     with redis.pipeline() as pipeline:
-        pipeline.hset(MODELS_KEY, mapping={card.name: card.model_dump_json() for card in cards})
-        pipeline.set(ACTIVE_MODEL_KEY, cards[0].name)
+        pipeline.hset(MODELS_KEY, mapping={card.id: card.model_dump_json() for card in cards})
+        pipeline.set(ACTIVE_MODEL_KEY, cards[0].id, nx=released not in (None, cards[0].sha256))
         pipeline.execute()
 
 

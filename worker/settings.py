@@ -7,8 +7,10 @@ import sys
 from pathlib import Path
 from typing import Annotated, Literal, TypeVar
 
-from pydantic import Field, ValidationError, field_validator
+from pydantic import Field, ValidationError, ValidationInfo, field_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
+
+from worker.gpu_lock import Window
 
 MODELS_DIR = Path(__file__).resolve().parent.parent / "models"
 
@@ -23,6 +25,8 @@ class QueueSettings(BaseSettings):
     log_format: Literal["text", "json"] = "text"
     lease_s: int = Field(default=60, ge=4)
     """A job whose worker has been silent for so long is given to another."""
+    gpu_name: str = "auto"
+    """What those who share a GPU all call it. auto: its UUID, or the machine's name."""
 
 
 class Settings(QueueSettings):
@@ -30,7 +34,12 @@ class Settings(QueueSettings):
 
     storage_url: str = "var/storage"
     model: Annotated[tuple[Path, ...], NoDecode] = (Path("shapes-4step"),)
-    """Folders under `models/`, or paths to them, between commas. The first answers when a request names none."""
+    """Folders under `models/`, or paths to them, between commas. The first answers when a request names none, until a
+    student is released: then that one does, in its place."""
+    students: Path = Path("var/students")
+    """Where released students are kept that were fetched from the storage."""
+    keep_previous: bool = True
+    """Whether the student that was active before stays loaded: for requests that name it, and to be back at once."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     torch_threads: int = Field(default=os.cpu_count() or 1, ge=1)
     engine: Literal["auto", "eager", "ort", "trt"] = "auto"
@@ -55,6 +64,8 @@ class Settings(QueueSettings):
     """What decoding may take; above it a clip is decoded in pieces, and pieces in tiles."""
     text_cache_mb: int = Field(default=64, ge=0)
     """How much of what sentences were encoded to is kept."""
+    gpu_lock: bool = False
+    """Whether it leaves the GPU to training that wants it for itself (TRAIN_POLICY=window), and waits meanwhile."""
 
     @field_validator("model", mode="before")
     @classmethod
@@ -83,6 +94,32 @@ class TrainerSettings(QueueSettings):
 
     runs: Path = Path("var/runs")
     """Where each distillation has its folder."""
+    storage_url: str = "var/storage"
+    """Where its pictures and its student go."""
+    students: Path = Path("var/students")
+    """Where students are kept that were fetched from there."""
+    teachers: Annotated[tuple[Path, ...], NoDecode] = ()
+    """Folders under `models/`, or paths to them, between commas; none: every teacher there."""
+    gate_against: Path = Path("shapes-4step")
+    """What a student is held against while no worker has ever served one."""
+    train_policy: Literal["share", "serve-first", "window"] = "share"
+    """When training runs; see `worker.gpu_lock`."""
+    idle_s: int = Field(default=60, ge=1)
+    """serve-first: how long nobody may have waited for a video."""
+    train_window: Annotated[Window | None, NoDecode] = Field(default=None, validate_default=True)
+    """window: `22:00-06:00`, in this machine's time."""
+
+    @field_validator("teachers", mode="before")
+    @classmethod
+    def _split(cls, value: object) -> object:
+        return [part.strip() for part in value.split(",") if part.strip()] if isinstance(value, str) else value
+
+    @field_validator("train_window", mode="before")
+    @classmethod
+    def _parse_window(cls, value: object, info: ValidationInfo) -> object:
+        if value is None and info.data.get("train_policy") == "window":
+            raise ValueError("TRAIN_POLICY=window needs one, for example 22:00-06:00")
+        return Window.parse(value) if isinstance(value, str) else value
 
 
 SettingsT = TypeVar("SettingsT", bound=QueueSettings)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import io
 import os
 import re
 import secrets
@@ -18,7 +19,7 @@ import shutil
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, BinaryIO
 from urllib.parse import urlsplit
 
 _PATH = re.compile(r"[a-z]+/(?!\.{1,2}\Z)[A-Za-z0-9_.-]{1,200}")
@@ -35,6 +36,7 @@ _CONTENT_TYPES = {
     ".png": "image/png",
     ".json": "application/json",
 }
+_PIECE_BYTES = 2**24
 _DELETE_AT_ONCE = 1000
 """Objects that S3 removes with one call, at most."""
 _UNKNOWN_CREDENTIALS = {"InvalidAccessKeyId", "SignatureDoesNotMatch", "InvalidToken", "ExpiredToken"}
@@ -86,6 +88,14 @@ class Storage:
     def read(self, path: str) -> bytes:
         """The bytes at ``path``. Raises ``FileNotFoundError``."""
         return self._place.read(_checked(path))
+
+    def put_file(self, path: str, source: Path) -> None:
+        """`write` a file of this machine, of any size, in pieces; it takes as long as it takes."""
+        self._place.put_file(_checked(path), source)
+
+    def get_file(self, path: str, target: Path) -> None:
+        """`read` into a new file of this machine, likewise. Raises ``FileNotFoundError``."""
+        self._place.get_file(_checked(path), target)
 
     def exists(self, path: str) -> bool:
         """Whether there is a file at ``path``."""
@@ -169,12 +179,22 @@ class _Folder:
         return full
 
     def write(self, path: str, data: bytes) -> None:
+        self._write_from(path, io.BytesIO(data))
+
+    def put_file(self, path: str, source: Path) -> None:
+        with source.open("rb") as file:
+            self._write_from(path, file)
+
+    def get_file(self, path: str, target: Path) -> None:
+        shutil.copyfile(self.local_path(path), target)
+
+    def _write_from(self, path: str, source: BinaryIO) -> None:
         target = self.local_path(path)
         target.parent.mkdir(mode=0o750, parents=True, exist_ok=True)
         aside = target.with_name(f".{target.name}.{secrets.token_hex(4)}.tmp")
         try:
             with open(aside, "xb", opener=_open_private) as file:
-                file.write(data)
+                shutil.copyfileobj(source, file, _PIECE_BYTES)
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(aside, target)
@@ -272,9 +292,9 @@ class _Bucket:
             raise StorageError(f"the object store: {error}") from error
 
     def _run(self, method: str, *arguments: Any, **named: Any) -> Any:
-        """Call a method of s3fs."""
+        """Call a method of s3fs. ``timeout=None``: only each of the store's answers has to come in time."""
         with self._as_os_errors():
-            return getattr(self._filesystem(), method)(*arguments, timeout=self._timeout_s, **named)
+            return getattr(self._filesystem(), method)(*arguments, **{"timeout": self._timeout_s, **named})
 
     def _call(self, operation: str, **parameters: Any) -> dict[str, Any]:
         """Call an operation of S3 on the bucket."""
@@ -319,6 +339,12 @@ class _Bucket:
             ContentDisposition=f'inline; filename="{name.name}"',
             CacheControl="private",
         )
+
+    def put_file(self, path: str, source: Path) -> None:
+        self._run("put_file", str(source), self._full(path), timeout=None)
+
+    def get_file(self, path: str, target: Path) -> None:
+        self._run("get_file", self._full(path), str(target), timeout=None)
 
     def read(self, path: str) -> bytes:
         return bytes(self._run("cat_file", self._full(path)))

@@ -1,39 +1,52 @@
-"""What the queue `train` calls: one distillation, as a process of its own that is followed through its `events.jsonl`.
+"""What the queue `train` calls: one distillation, from the recipe to a student that can be served.
 
-The process checkpoints on SIGTERM, and the same command in the same folder goes on from there. So a run is stopped the
-same way whoever stops it, and whoever takes it over starts the command again. No torch here.
+    training     `python -m distill run`, a process of its own that is followed through its `events.jsonl`
+    gate         `python -m distill gate` against the student that is served now, likewise
+    publishing   the student into the storage and the registry, with the verdict; promoted at once if that was asked for
+
+The run checkpoints on SIGTERM, and the same command in the same folder goes on from there; what comes after is not done
+twice. So a distillation is stopped the same way whoever stops it, and whoever takes it over begins at the beginning. No
+torch here.
 """
 
 from __future__ import annotations
 
 import ctypes
-import math
+import json
 import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from types import FrameType, TracebackType
+from typing import Any
 
-from pydantic import BaseModel, ConfigDict, ValidationError
 from redis import Redis
 from rq import Retry
 from rq.job import Job
 
+from distill import recipes
+from distill.student import FolderError, card_path, parse_card
+from worker import release
 from worker.attempts import ACTIVE, attempt, fail, finish, held, lost
-from worker.contract import Distillation, Progress, Status
-from worker.records import Records, Refused
+from worker.contract import Distillation, GateSummary, RunPhase, Status
+from worker.gpu_lock import Turns
+from worker.records import Records, Refused, served_models, workers
+from worker.releases import NotPromoted, Releases
+from worker.run_reports import Reporter
+from worker.storage import Storage
 
-COMMAND = (sys.executable, "-m", "distill", "run")
-USER_ERROR, RESUMABLE = 2, 75
-"""Exit codes of the command: the last line of its log says what was wrong; a checkpoint is written."""
+COMMAND = (sys.executable, "-m", "distill")
+USER_ERROR, REFUSED, RESUMABLE = 2, 3, 75
+"""Exit codes: the last line of the log says what was wrong; the gate refuses; a checkpoint is written."""
 
-_ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parent.parent
 _POLL_S = 0.5
 _AGAIN = Retry(max=10**9)
 """Returned to rq: the job goes back to the queue. This does not count as one of the attempts that may be lost."""
@@ -45,9 +58,20 @@ class Runtime:
 
     name: str
     records: Records[Distillation]
+    storage: Storage
+    turns: Turns
     runs: Path
     """Absolute; each run has a folder of its own there, named by its id."""
+    teachers: Mapping[str, Path]
+    """Folders by the names that requests call them by."""
+    models: Sequence[Path]
+    """Model folders of this machine: what is served may be among them."""
+    gate_against: Path
+    """What a student is held against while no worker has ever served one."""
+    students: Path
+    """Where those are kept that are fetched from the storage."""
     command: Sequence[str]
+    """What `run` or `gate` and their arguments come after."""
     grace_s: float
     """How long a run that is asked to stop may take to write its checkpoint."""
     pid: int
@@ -56,6 +80,23 @@ class Runtime:
 
 RUNTIME: ContextVar[Runtime] = ContextVar("RUNTIME")
 """rq calls module functions by name, so what they work with has to be found here."""
+
+
+class Stopped(Exception):
+    """The distillation was asked to stop before it was over."""
+
+    def __init__(self, *, counts: bool = False) -> None:
+        super().__init__()
+        self.counts = counts
+        """Whether this was one of the attempts that may be lost."""
+
+
+class RunFailed(Exception):
+    """The distillation cannot be finished."""
+
+    def __init__(self, code: str, message: str) -> None:
+        super().__init__(message)
+        self.code = code
 
 
 def distill(job_id: str) -> Retry | None:
@@ -72,59 +113,22 @@ def distill_failed(
 
 
 def _run(runtime: Runtime, record: Distillation) -> Retry | None:
-    folder = runtime.runs / record.id
-    folder.mkdir(parents=True, exist_ok=True)
-    command = [*runtime.command, record.recipe, str(folder), "--set", f"preset={record.preset}"]
-    with _stop_requests(runtime.pid) as stopping, (folder / "log.txt").open("a+b") as log:
-        log_start = log.seek(0, os.SEEK_END)
-        process = subprocess.Popen(  # noqa: S603 (recipe and preset are names that the service has checked)
-            command,
-            cwd=_ROOT,
-            stdin=subprocess.DEVNULL,
-            stdout=log,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-            preexec_fn=_die_with_parent if sys.platform == "linux" else None,
-        )
-        try:
-            interrupted = _follow(runtime.records, record, process, folder / "events.jsonl", stopping)
-        finally:
-            _end(process, runtime.grace_s)
-        if process.returncode == 0:
-            finish(runtime.records, record, Status.SUCCEEDED, student=f"{record.id}/student")
-        elif interrupted or process.returncode == RESUMABLE:
-            return _hand_back(runtime.records, record, counts=not interrupted)
-        else:
-            log.seek(log_start)
-            fail(runtime.records, record, *_reason(process.returncode, log.read().decode(errors="replace")))
-        return None
-
-
-def _follow(
-    records: Records[Distillation],
-    record: Distillation,
-    process: subprocess.Popen[bytes],
-    events: Path,
-    stopping: Callable[[], bool],
-) -> bool:
-    """Write what the run reports into its record until it ends (False) or has to be ended (True).
-
-    Raises:
-        Refused: the job is no longer this attempt's.
-    """
-    tail = Tail(events)
-    while True:
-        with suppress(subprocess.TimeoutExpired):
-            process.wait(_POLL_S)
-        ended = process.returncode is not None
-        found = held(records, record)
-        if found is None or found.status not in ACTIVE:
-            raise Refused(record.id, found.status if found else "fenced")
-        progress = advance(found.progress, tail.lines())
-        if progress != found.progress:
-            records.change(found, ACTIVE, fence=True, progress=progress)
-        if ended or found.status is Status.CANCELLING or stopping():
-            return not ended
+    try:
+        with _stop_requests(runtime.pid) as stopping:
+            run = Run(runtime, record, stopping)
+            try:
+                run.begin()
+                run.train()
+                run.gate()
+                changes = run.publish()
+            finally:
+                runtime.turns.end()
+        finish(runtime.records, record, Status.SUCCEEDED, **changes)
+    except Stopped as stopped:
+        return _hand_back(runtime.records, record, counts=stopped.counts)
+    except RunFailed as failed:
+        fail(runtime.records, record, failed.code, str(failed))
+    return None
 
 
 def _hand_back(records: Records[Distillation], record: Distillation, *, counts: bool) -> Retry | None:
@@ -140,14 +144,211 @@ def _hand_back(records: Records[Distillation], record: Distillation, *, counts: 
     return _AGAIN
 
 
+class Run:
+    """One attempt at a distillation, phase by phase.
+
+    Every method raises ``Refused`` when the job is no longer this attempt's, ``Stopped`` and ``RunFailed``.
+    """
+
+    def __init__(self, runtime: Runtime, record: Distillation, stopping: Callable[[], bool]) -> None:
+        self._runtime = runtime
+        self._record = record
+        self._asked_to_stop = stopping
+        self._folder = runtime.runs / record.id
+        self._folder.mkdir(parents=True, exist_ok=True)
+        self._student = self._folder / "student"
+        self._reporter = Reporter(runtime.records.redis, runtime.storage, record, self._folder)
+        self._releases = Releases(runtime.records.redis)
+
+    # --- the phases -----------------------------------------------------------------------------------------------
+
+    def begin(self) -> None:
+        """Return when the GPU is ours to train on."""
+        self._go_on(RunPhase.TRAINING)
+        while not self._runtime.turns.is_clear():
+            time.sleep(_POLL_S)
+            self._go_on()
+
+    def train(self) -> None:
+        """The run itself, unless it was finished before."""
+        if not (self._folder / "report.md").exists():  # written last
+            teacher = self._teacher()
+            if teacher.is_relative_to(ROOT):
+                teacher = teacher.relative_to(ROOT)  # what it writes down holds on another machine, too
+            settings = {**self._settings(), "teacher": teacher}
+            self._execute(["run", self._record.recipe, self._folder], settings)
+        try:
+            sha256 = parse_card(card_path(self._student)).sha256  # the files are checked when it is published
+        except FolderError as error:
+            raise RunFailed("student_broken", str(error)) from None
+        self._record = self._change(student=f"{self._record.id}/student", student_sha256=sha256)
+
+    def gate(self) -> None:
+        """The verdict on the student, unless it was given before: against the student that is served now."""
+        self._go_on(RunPhase.GATE)
+        against, folder = self._rival()
+        if self._verdict(against) is None:
+            own = {name: value for name, value in self._settings().items() if name.startswith(("gate.", "preset"))}
+            beside = ("--against", folder, "--teacher", self._teacher(), "--out", self._folder / "gate")
+            command = ("gate", self._student, "--recipe", self._record.recipe, *beside)
+            self._execute(command, own, accepted=(0, REFUSED))
+        verdict = self._verdict(against)
+        if verdict is None:
+            raise RunFailed("gate_failed", "the gate ended without a verdict on this student")
+        self._record = self._change(gate=verdict)
+
+    def publish(self) -> dict[str, Any]:
+        """Have the student where it can be served from, whatever the verdict; what to write into the record."""
+        self._go_on(RunPhase.PUBLISHING)
+        record, verdict = self._record, self._record.gate
+        assert verdict is not None
+        try:
+            card = release.publish(self._runtime.storage, self._student)
+        except FolderError as error:
+            raise RunFailed("student_broken", str(error)) from None
+        self._releases.register(release.student_of(card, by=record.owner, distillation=record.id, gate=verdict))
+        if record.promote == "manual" or not verdict.passed:
+            return {}
+        before = next((one for one in self._releases.history() if one.by == record.id), None)
+        if before is not None:  # by an attempt that died thereafter
+            return {"release": before.number}
+        try:
+            served = verdict.against if self._releases.state().active is None else None
+            reason = f"{record.id} has passed the gate"
+            return {"release": self._releases.promote(card.sha256, by=record.id, reason=reason, serving=served).number}
+        except NotPromoted as refused:
+            return {"note": f"it was not promoted: {refused}"}
+
+    # --- what they work with --------------------------------------------------------------------------------------
+
+    def _settings(self) -> dict[str, Any]:
+        limits = {f"gate.{name}": value for name, value in self._record.limits.items()}
+        return {"preset": self._record.preset, **self._record.overrides, **limits}
+
+    def _teacher(self) -> Path:
+        name = self._record.teacher or recipes.teacher_of(recipes.load(self._record.recipe, []))
+        if name not in self._runtime.teachers:
+            known = ", ".join(self._runtime.teachers) or "none"
+            raise RunFailed("invalid_run", f"this trainer has no teacher {name!r}; it has {known}")
+        return self._runtime.teachers[name]
+
+    def _rival(self) -> tuple[str, Path]:
+        """The student that is served now, by its identity, and where it lies."""
+        runtime, redis = self._runtime, self._runtime.records.redis
+        served = [card.sha256 for card in served_models(redis, workers(redis))]
+        active = next(filter(None, (self._releases.state().active, *served)), None)
+        try:
+            if active is None:
+                return parse_card(card_path(runtime.gate_against)).sha256, runtime.gate_against
+            return active, release.locate(active, runtime.models, runtime.storage, runtime.students)
+        except FolderError as error:
+            raise RunFailed("no_rival", f"there is nothing to hold the student against: {error}") from None
+
+    def _verdict(self, against: str) -> GateSummary | None:
+        """What the gate has said of this student, beside the one that is served now (or was, if it is this one)."""
+        path = self._folder / "gate" / "gate.json"
+        if not path.exists():
+            return None
+        told, own = json.loads(path.read_text()), self._record.student_sha256
+        if told["new"]["sha256"] != own or against not in (told["active"]["sha256"], own):
+            return None
+        return GateSummary(
+            passed=told["passed"],
+            refusals=told["refusals"],
+            against=told["active"]["sha256"],
+            recipe=self._record.recipe,
+            at=round(path.stat().st_mtime, 3),
+        )
+
+    # --- one process ----------------------------------------------------------------------------------------------
+
+    def _execute(
+        self, command: Sequence[str | Path], settings: Mapping[str, Any], accepted: Sequence[int] = (0,)
+    ) -> None:
+        """Run a command of `distill` to its end, and follow what it writes into the folder."""
+        assignments = [part for name, value in settings.items() for part in ("--set", f"{name}={_as_text(value)}")]
+        with (self._folder / "log.txt").open("a+b") as log:
+            log_start = log.seek(0, os.SEEK_END)
+            process = subprocess.Popen(  # noqa: S603 (names and values that the service has checked)
+                [*self._runtime.command, *map(str, command), *assignments],
+                cwd=ROOT,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+                preexec_fn=_die_with_parent if sys.platform == "linux" else None,
+            )
+            try:
+                interrupted = self._follow(process)
+            finally:
+                _end(process, self._runtime.grace_s)
+            while self._report():
+                pass
+            if process.returncode in accepted:
+                return
+            # Killed: by the kernel for its memory, by a person. It is lost, and what it has checkpointed is not.
+            if interrupted or process.returncode == RESUMABLE or process.returncode < 0:
+                raise Stopped(counts=not interrupted)
+            log.seek(log_start)
+            raise RunFailed(*_reason(process.returncode, log.read().decode(errors="replace")))
+
+    def _follow(self, process: subprocess.Popen[bytes]) -> bool:
+        """Write what a process reports into the record until it ends (False) or has to be ended (True)."""
+        while True:
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(_POLL_S)
+            ended = process.returncode is not None
+            self._report()
+            if ended:
+                return False
+            try:
+                self._go_on()
+            except Stopped:
+                return True
+
+    def _go_on(self, phase: RunPhase | None = None) -> None:
+        """Raise if this attempt is to stop here; else it is in this phase, where one is given."""
+        if self._held().status is Status.CANCELLING or self._asked_to_stop() or not self._runtime.turns.may_go_on():
+            raise Stopped
+        if phase is not None:
+            self._change(phase=phase)
+
+    def _report(self) -> bool:
+        """What is new goes into the record, and to where it is seen; whether there may be more."""
+        found = self._held()
+        changes: dict[str, Any] = {}
+        progress = self._reporter.read(found.progress)
+        if progress != found.progress:
+            changes["progress"] = progress
+        if found.importance is None and (importance := self._reporter.importance()):
+            changes["importance"] = importance
+        if changes:
+            self._change(**changes)
+        return self._reporter.send()
+
+    def _held(self) -> Distillation:
+        """The record as it is now, if it is still this attempt's."""
+        found = held(self._runtime.records, self._record)
+        if found is None or found.status not in ACTIVE:
+            raise Refused(self._record.id, found.status if found else "fenced")
+        return found
+
+    def _change(self, **changes: Any) -> Distillation:
+        return self._runtime.records.change(self._held(), ACTIVE, fence=True, **changes)
+
+
+def _as_text(value: Any) -> str:
+    """As `--set` reads it."""
+    return str(value) if isinstance(value, (str, Path)) else json.dumps(value)
+
+
 def _reason(code: int, log: str) -> tuple[str, str]:
     """Error code and message for a run that ended with this exit code and these last words."""
     lines = [line[:500] for line in log.splitlines() if line.strip()] or ["it said nothing"]
     if code == USER_ERROR:
         said = next((line for line in reversed(lines) if line.startswith("error: ")), lines[-1])
         return "invalid_run", said.removeprefix("error: ")
-    how = f"was killed by signal {-code}" if code < 0 else f"ended with exit code {code}"
-    return "run_crashed", f"the run {how}: {lines[-1]}"
+    return "run_crashed", f"the run ended with exit code {code}: {lines[-1]}"
 
 
 # --- the process -----------------------------------------------------------------------------------------------------
@@ -184,52 +385,3 @@ def _end(process: subprocess.Popen[bytes], grace_s: float) -> None:
     with suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()
-
-
-# --- what it reports -------------------------------------------------------------------------------------------------
-
-
-class Event(BaseModel):
-    """One line of `events.jsonl`; what else it holds is in ``model_extra``."""
-
-    model_config = ConfigDict(extra="allow")
-
-    time: float
-    stage: str
-    step: int
-    steps: int | None = None
-
-
-class Tail:
-    """The complete lines that a growing file has gained since the last look."""
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        self._offset = 0
-
-    def lines(self) -> list[bytes]:
-        """Empty while there is no file."""
-        if not self._path.exists():
-            return []
-        with self._path.open("rb") as file:
-            file.seek(self._offset)
-            whole, newline, _ = file.read().rpartition(b"\n")
-        self._offset += len(whole) + len(newline)
-        return whole.splitlines()
-
-
-def advance(progress: Progress | None, lines: Sequence[bytes]) -> Progress | None:
-    """``progress`` after these lines of `events.jsonl`. Values are kept from line to line within a stage."""
-    for line in lines:
-        try:
-            event = Event.model_validate_json(line)
-        except ValidationError:
-            continue  # cut short when the run was killed
-        before = progress if progress and progress.stage == event.stage else None
-        values = dict(before.values) if before else {}
-        for name, value in (event.model_extra or {}).items():
-            if type(value) in (int, float) and math.isfinite(value):
-                values[name] = value
-        steps = event.steps or (before.steps if before else None)
-        progress = Progress(stage=event.stage, step=event.step, steps=steps, values=values)
-    return progress

@@ -12,6 +12,7 @@ Both scores come from stage II's weights. The critic is a LoRA on them (or a ful
 from __future__ import annotations
 
 import copy
+from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -67,13 +68,14 @@ def run(
         sigma_B, noise = score_sigmas(len(y_BCTHW), generator), batch.noise(generator)
         velocity, fake_logit_B = critic(given, noised(y_BCTHW, noise, sigma_B), sigma_B, batch)
         value = losses.flow_matching(velocity, y_BCTHW, noise)
+        values = gaps(losses.velocity_error(velocity.detach(), y_BCTHW, noise), sigma_B)
         if not gan:
-            return value, {}
+            return value, values
         real = conditions(number + 1)  # others than those that y was made for
         noise = real.noise(generator)
         _, real_logit_B = critic(given, noised(real.x0_BCTHW, noise, sigma_B), sigma_B, real)
         told_apart = losses.discriminator(real_logit_B, fake_logit_B)
-        return value + config.gan.critic_weight * told_apart, {"discriminator": told_apart.item()}
+        return value + config.gan.critic_weight * told_apart, {**values, "discriminator": told_apart.item()}
 
     def student_loss(number: int, generator: torch.Generator) -> tuple[Tensor, dict[str, float]]:
         batch = conditions(number)
@@ -112,6 +114,18 @@ def run(
         alarm=lambda values: watch.alarm(values, config.limits), patience=config.limits.patience,
     )  # fmt: skip
     return student.eval().requires_grad_(False)
+
+
+def gaps(error_B: Tensor, sigma_B: Tensor) -> dict[str, float]:
+    """How far the critic is from the student, for each quarter of the noise levels that the batch has one of.
+
+    `gap_s0` is of the least noise. What it has not learned yet misleads the student at just those levels.
+    """
+    quarter_B = (sigma_B * 4).long().clamp(max=3).tolist()
+    errors: dict[int, list[float]] = defaultdict(list)
+    for quarter, error in zip(quarter_B, error_B.tolist(), strict=True):
+        errors[quarter].append(error)
+    return {f"gap_s{quarter}": sum(found) / len(found) for quarter, found in sorted(errors.items())}
 
 
 def uniform(ends: tuple[float, float], count: int, generator: torch.Generator) -> Tensor:

@@ -9,11 +9,24 @@ from pydantic import BaseModel
 
 from distill.prompt import Grammar, Part, Prompt
 from service import errors, openai_schema
+from service.distillation_schema import (
+    Checkpoints,
+    DistillationPage,
+    Metric,
+    RecipeField,
+    Recipes,
+    RecipeView,
+    RunLog,
+    RunMetrics,
+    Samples,
+    distillation,
+    sample,
+)
 from service.openai_schema import ModelList, VideoDeleted, VideoPage
+from service.release_schema import ReleaseState, ReleaseView, Students, StudentView, WorkerRelease
 from service.schema import (
     DeadWebhook,
     DeadWebhooks,
-    DistillationPage,
     ErrorEnvelope,
     Example,
     Examples,
@@ -27,16 +40,22 @@ from service.schema import (
     ReadyWorker,
     WebhookState,
     Workers,
-    distillation,
     generation,
 )
 from worker.contract import (
+    BlockImportance,
+    Checkpoint,
     Distillation,
+    GateSummary,
     Heartbeat,
     ModelCard,
+    Named,
+    Offer,
     Phase,
     Progress,
     Record,
+    RunFile,
+    RunPhase,
     Status,
     VideoSize,
     WorkerState,
@@ -108,6 +127,10 @@ _DISTILLATION = Distillation(
     status=Status.QUEUED,
     recipe="shapes",
     preset="quick",
+    overrides={"pruning.fit.steps": 80},
+    teacher="shapes-teacher",
+    dataset="shapes",
+    promote="auto",
     created_at=_MOMENT,
 )
 
@@ -245,21 +268,38 @@ _GENERATIONS = {
     "failed": _generation(Status.FAILED, **_TOO_LATE),
 }
 _VIDEOS = {status: openai_schema.video(view, _CARD.video) for status, view in _GENERATIONS.items()}
-_DISTILLATIONS = {
-    "queued": distillation(_DISTILLATION, _ORIGIN),
-    "running": distillation(
-        _DISTILLATION.model_copy(
-            update={
-                "status": Status.RUNNING,
-                "started_at": _MOMENT + 1,
-                "attempt": 1,
-                "progress": Progress(stage="prune", step=200, steps=800, values={"loss": 0.0213}),
-            }
-        ),
-        _ORIGIN,
+_STARTED: dict[str, Any] = {"started_at": _MOMENT + 1, "attempt": 1}
+_LOSS = {"loss": 0.0213, "steps_per_s": 0.41, "memory_mb": 1410.2}
+_IMPORTANCE = BlockImportance(drop=[9.1, 0.42, 0.17, 0.35], pruned=[2])
+_JUDGED: dict[str, Any] = {
+    **_STARTED,
+    "finished_at": _MOMENT + 600,
+    "progress": Progress(stage="student", step=1, values={"motion": 0.97}),
+    "importance": _IMPORTANCE,
+    "student": f"{_DISTILLATION.id}/student",
+    "student_sha256": "4b" * 32,
+    "gate": GateSummary(
+        passed=False,
+        refusals=["ground truth, prompt_following: the prompt is not followed"],
+        against=_CARD.sha256,
+        recipe="shapes",
+        at=_MOMENT + 590,
     ),
-    "cancelling": distillation(_DISTILLATION.model_copy(update={"status": Status.CANCELLING, "attempt": 1}), _ORIGIN),
-    "cancelled": distillation(_DISTILLATION.model_copy(update={"status": Status.CANCELLED}), _ORIGIN),
+}
+_DISTILLATIONS = {
+    status: distillation(_DISTILLATION.model_copy(update={"status": Status(status), **changes}), _ORIGIN)
+    for status, changes in {
+        "queued": {},
+        "running": {
+            **_STARTED,
+            "phase": RunPhase.TRAINING,
+            "progress": Progress(stage="pruning", step=25, steps=80, values=_LOSS),
+            "importance": _IMPORTANCE,
+        },
+        "cancelling": {"attempt": 1},
+        "cancelled": {},
+        "succeeded": _JUDGED,
+    }.items()
 }
 
 
@@ -273,9 +313,59 @@ GENERATION_PAGE = _one(
 )
 VIDEO_PAGE = _one(VideoPage(data=[_VIDEOS["succeeded"]], has_more=False, first_id=_RECORD.id, last_id=_RECORD.id))
 VIDEO_DELETED = _one(VideoDeleted(id=_RECORD.id))
+RECIPES = _one(
+    Recipes(
+        data=[
+            RecipeView(
+                name="shapes",
+                presets=["full", "quick"],
+                stages=["pruning", "matching"],
+                fields=[
+                    RecipeField(
+                        path="pruning.fit.steps",
+                        type="integer",
+                        default=2400,
+                        minimum=1,
+                        maximum=1_000_000,
+                        description="updates of the weights",
+                        by_preset={"quick": 40},
+                    )
+                ],
+                gate_fields=[
+                    RecipeField(
+                        path="far", type="number", default=2.0, minimum=1, description="margins off that refuse"
+                    )
+                ],
+            )
+        ],
+        teachers=[Named(name="shapes-teacher", sha256="7d" * 32)],
+        datasets=["shapes"],
+        trainer=Offer(
+            recipes=("shapes",),
+            teachers=(Named(name="shapes-teacher", sha256="7d" * 32),),
+            datasets=("shapes",),
+            policy="serve-first",
+            gpu="GPU-5d0e9f1c",
+        ),
+    )
+)
+RUN_LOG = _one(RunLog(lines=["pruning 25/80  loss 0.0213  0.41 steps/s  2.2 min left"], last_id="4711-0"))
+RUN_METRICS = _one(
+    RunMetrics(data=[Metric(time=_MOMENT + 60, stage="pruning", step=25, steps=80, values=_LOSS)], last_id="933-0")
+)
+_FILE = RunFile(kind="sheet", at=_MOMENT + 90, size_bytes=81_920)
+SAMPLES = _one(Samples(data=[sample("pruning-000080.png", _FILE, _ORIGIN, _DISTILLATION.id)]))
+CHECKPOINTS = _one(Checkpoints(data=[Checkpoint(stage="pruning", step=60, at=_MOMENT + 80)]))
+IMPORTANCE: dict[str, Any] = _IMPORTANCE.model_dump()
+"""Of `importance.json`, what matters most."""
+GATE_REPORT = "# shapes-4step: refused\n\n- ground truth, prompt_following: the prompt is not followed\n"
+DISTILLATION_EVENTS = "".join(
+    f"id: {moment}\r\nevent: distillation\r\ndata: {_DISTILLATIONS[status].model_dump_json()}\r\n\r\n"
+    for moment, status in (("1767225600500-0", "running"), ("1767226200000-0", "succeeded"))
+)
 DISTILLATION_PAGE = _one(DistillationPage(data=[_DISTILLATIONS["running"]], has_more=False, last_id=_DISTILLATION.id))
 MODELS = _one(Models(data=[_CARD]))
-_MODEL = openai_schema.model(_CARD, _MOMENT)
+_MODEL = openai_schema.model(_CARD.name, _CARD, _MOMENT)
 MODEL = _one(_MODEL)
 MODEL_LIST = _one(ModelList(data=[_MODEL]))
 EXAMPLES = _one(
@@ -303,12 +393,72 @@ _WORKER = Heartbeat(
     name="worker-5f0c",
     state=WorkerState.BUSY,
     model=_CARD.name,
-    models=(_CARD.name,),
+    models=(_CARD.id,),
     model_sha256=_CARD.sha256,
     engine="eager-cpu",
     engine_reason="ort: onnxruntime is not installed",
     started_at=_MOMENT - 3600,
     seen_at=_MOMENT,
+)
+_STUDENT = StudentView(
+    sha256=_CARD.sha256,
+    name=_CARD.name,
+    kind="student",
+    backbone="wan",
+    task=_CARD.task,
+    num_inference_steps=4,
+    parameters={"transformer": 4741280},
+    teacher_name="shapes-teacher",
+    teacher_sha256="7d" * 32,
+    created_at="2025-12-31T22:10:00Z",
+    added_at=_MOMENT - 600,
+    added_by=_KEY_ID,
+    distillation=_DISTILLATION.id,
+    gate=GateSummary(passed=True, refusals=[], against="4b" * 32, recipe="shapes", at=_MOMENT - 700),
+    model=_CARD.id,
+    status="active",
+    workers=2,
+)
+_PROMOTED = ReleaseView(
+    number=7,
+    at=_MOMENT,
+    action="promote",
+    sha256=_CARD.sha256,
+    name=_CARD.name,
+    previous="4b" * 32,
+    by=_KEY_ID,
+    reason="sharper, and as fast",
+    forced=False,
+    gate=_STUDENT.gate,
+)
+_ROLLED_BACK = ReleaseView(
+    number=8,
+    at=_MOMENT + 900,
+    action="rollback",
+    sha256="4b" * 32,
+    name=_CARD.name,
+    previous=_CARD.sha256,
+    by=_KEY_ID,
+    reason="motion stalls",
+    forced=False,
+    gate=None,
+)
+STUDENT = _one(_STUDENT)
+STUDENTS = _one(Students(data=[_STUDENT], active=_CARD.sha256, previous="4b" * 32))
+PROMOTED = _one(_PROMOTED)
+ROLLED_BACK = _one(_ROLLED_BACK)
+RELEASE = _one(
+    ReleaseState(
+        number=7,
+        active=_CARD.sha256,
+        previous="4b" * 32,
+        rolls_back_to="4b" * 32,
+        workers=[
+            WorkerRelease(name="worker-1f0c", loaded=_CARD.sha256, state="loaded", seconds=3.1, how="refit"),
+            WorkerRelease(name="worker-88ab", loaded="4b" * 32, state="staging"),
+        ],
+        history=[_PROMOTED],
+    )
 )
 WORKERS = _one(Workers(data=[_WORKER]))
 _DEAD = DeadWebhook(id=_RECORD.id, attempts=8, last_status=500, last_error="answered 500", dead_at=_MOMENT + 30 * 3600)

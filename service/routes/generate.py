@@ -24,9 +24,6 @@ from service.viewing import ViewerDep, answer, viewer_of
 router = APIRouter(tags=["generate"])
 
 _MAX_WAIT_S = 60
-_PING_S = 15
-_SEND_S = 30
-_RECONNECT_MS = 2000
 
 
 def _body_of(image: dict[str, str]) -> dict[str, Any]:
@@ -137,23 +134,17 @@ async def follow(
 ) -> EventSourceResponse:
     """Server-sent events named `generation`: the whole generation at each change, until it is over."""
     await context.reader.get(job_id, principal.id)
-    if last_event_id is not None and not re.fullmatch(r"[0-9]{1,18}-[0-9]{1,18}", last_event_id):
-        last_event_id = None  # not one of ours, and perhaps more than Redis can count to: begin with the present state
+    since = events.valid_id(last_event_id)
 
     async def stream() -> AsyncIterator[ServerSentEvent]:
         said = ""
-        yield ServerSentEvent(retry=_RECONNECT_MS, comment="FastLightGen")
-        async for event_id, seen in events.follow(
-            context.async_redis, context.hub, context.reader, job_id, last_event_id
-        ):
+        async for event_id, seen in events.follow(context.async_redis, context.hub, context.reader, job_id, since):
             view = viewer.plain(seen).model_dump_json()
             if view != said:  # the follower repeats itself while nothing changes
                 said = view
                 yield ServerSentEvent(data=view, event="generation", id=event_id)
 
-    # A reader that takes nothing for so long is let go; it comes again with the last id that it has had.
-    headers = {"X-Accel-Buffering": "no"}
-    return EventSourceResponse(stream(), ping=_PING_S, send_timeout=_SEND_S, headers=headers)
+    return events.sent(stream())
 
 
 @router.post(

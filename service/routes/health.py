@@ -8,6 +8,7 @@ from redis.exceptions import RedisError
 from service.deps import Context, ContextDep
 from service.routes import docs
 from service.schema import Health, Readiness, ReadyWorker
+from worker.contract import WorkerState
 from worker.records import ready_workers, workers
 
 router = APIRouter(tags=["health"])
@@ -31,8 +32,14 @@ def ready(context: ContextDep, response: Response) -> Readiness:
     try:
         serving = [ReadyWorker.model_validate(beat, from_attributes=True) for beat in ready_workers(context.redis)]
         if not serving:
-            loading = len(workers(context.redis))
-            causes.append(f"no worker is ready ({loading} loading its model)" if loading else "no worker is running")
+            alive = workers(context.redis)
+            waiting = sum(worker.state is WorkerState.WAITING for worker in alive)
+            if waiting:
+                causes.append(f"training has the GPU for itself ({waiting} waiting for it)")
+            elif alive:
+                causes.append(f"no worker is ready ({len(alive)} loading its model)")
+            else:
+                causes.append("no worker is running")
     except RedisError:
         causes.append("Redis does not answer")
     causes += _disk(context)

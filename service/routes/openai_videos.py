@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Annotated, Any, Literal
 
@@ -15,13 +15,14 @@ from starlette.datastructures import UploadFile
 from service import bodies, openai_schema
 from service.deps import AfterDep, Context, ContextDep, GeneratorDep, JobIdDep, LimitDep, ReaderDep
 from service.errors import ApiError
+from service.fleet import Fleet
 from service.openai_schema import Model, ModelList, Video, VideoDeleted, VideoPage
 from service.reading import Seen
 from service.routes import docs
 from service.routes.videos import file_of
 from service.submitting import Image, SubmitHeadersDep, image_of, remove, submit
 from service.viewing import Viewer, ViewerDep, answer
-from worker.contract import MODELS_KEY, ModelCard, VideoSize, input_path
+from worker.contract import MODELS_KEY, ModelCard, Record, VideoSize, input_path, model_id
 
 router = APIRouter(prefix="/v1", tags=["openai"])
 
@@ -108,8 +109,10 @@ async def remix(
     source = (await context.reader.get(job_id, principal.id)).record
     values = await _read(request, context)
     fields = openai_schema.fields_of(values)
-    if fields.model is None and source.model in [card.name for card in await _models(context)]:
-        fields = fields.model_copy(update={"model": source.model})
+    fleet = await context.store.lookout.fleet_async()
+    own = model_id(source.model, source.pin) if source.pin else source.model
+    if fields.model is None and not source.follows and fleet.model(own):
+        fields = fields.model_copy(update={"model": own})
     await _check_format(context, fields.model, values)
     try:
         image = await run_in_threadpool(context.storage.read, input_path(job_id))
@@ -141,7 +144,7 @@ async def not_offered(request: Request, _principal: GeneratorDep) -> None:
 async def read(job_id: JobIdDep, principal: ReaderDep, context: ContextDep, viewer: ViewerDep) -> Response:
     """How far it is. One that has failed, was cancelled or has expired is an answer too: 200 with `status: failed`."""
     seen = await context.reader.get(job_id, principal.id)
-    sizes = await _sizes(context, {seen.record.model})
+    sizes = await _sizes(context, [seen.record])
     return answer(_view(viewer, seen, sizes), headers=_poll_header(seen))
 
 
@@ -164,7 +167,7 @@ async def list_videos(
     records, has_more = await run_in_threadpool(
         lambda: context.store.page(limit, after, principal.id, oldest_first=oldest_first)
     )
-    sizes = await _sizes(context, {record.model for record in records})
+    sizes = await _sizes(context, records)
     data = [_view(viewer, seen, sizes) for seen in await context.reader.outlook(records)]
     first_id, last_id = (data[0].id, data[-1].id) if data else (None, None)
     return answer(VideoPage(data=data, has_more=has_more, first_id=first_id, last_id=last_id))
@@ -218,7 +221,8 @@ async def delete(job_id: JobIdDep, principal: GeneratorDep, context: ContextDep)
 )
 async def models(_principal: ReaderDep, context: ContextDep) -> ModelList:
     """The models that can be asked for; the first answers when none is named. Empty before a worker has been ready."""
-    return ModelList(data=[await _model_view(context, card) for card in await _models(context)])
+    fleet = await context.store.lookout.fleet_async()
+    return ModelList(data=[_model_view(fleet, name, card) for name, card in fleet.listed.items()])
 
 
 @router.get(
@@ -231,17 +235,12 @@ async def model(name: str, _principal: ReaderDep, context: ContextDep) -> Model:
     card = await _model(context, name)
     if card is None:
         raise _unknown_model(name, [])
-    return await _model_view(context, card)
+    return _model_view(await context.store.lookout.fleet_async(), name, card)
 
 
-async def _model_view(context: Context, card: ModelCard) -> Model:
-    fleet = await context.store.lookout.fleet_async()
-    since = min((worker.started_at for worker in fleet.ready if card.name in worker.models), default=0.0)
-    return openai_schema.model(card, since)
-
-
-async def _models(context: Context) -> tuple[ModelCard, ...]:
-    return (await context.store.lookout.fleet_async()).models
+def _model_view(fleet: Fleet, name: str, card: ModelCard) -> Model:
+    since = min((worker.started_at for worker in fleet.ready if card.id in worker.models), default=0.0)
+    return openai_schema.model(name, card, since)
 
 
 async def _model(context: Context, name: str | None) -> ModelCard | None:
@@ -249,7 +248,7 @@ async def _model(context: Context, name: str | None) -> ModelCard | None:
     fleet = await context.store.lookout.fleet_async()
     card = fleet.model(name)
     if card is None and fleet.models:
-        raise _unknown_model(str(name), [card.name for card in fleet.models])
+        raise _unknown_model(str(name), fleet.names)
     return card
 
 
@@ -295,7 +294,7 @@ async def _accepted(viewer: Viewer, seen: Seen, is_new: bool) -> Response:
     headers = {} if is_new else {"Idempotent-Replayed": "true"}
     sizes: dict[str, VideoSize] = {}
     try:
-        sizes = await _sizes(viewer.context, {seen.record.model})
+        sizes = await _sizes(viewer.context, [seen.record])
         [seen] = await viewer.context.reader.outlook([seen.record])
     except RedisError:
         pass  # The job is accepted: an error now would make the client send it again.
@@ -303,7 +302,7 @@ async def _accepted(viewer: Viewer, seen: Seen, is_new: bool) -> Response:
 
 
 def _view(viewer: Viewer, seen: Seen, sizes: dict[str, VideoSize]) -> Video:
-    return openai_schema.video(viewer.plain(seen), sizes.get(seen.record.model))
+    return openai_schema.video(viewer.plain(seen), sizes.get(seen.record.id))
 
 
 def _poll_header(seen: Seen) -> dict[str, str]:
@@ -312,11 +311,15 @@ def _poll_header(seen: Seen) -> dict[str, str]:
     return {"openai-poll-after-ms": str(openai_schema.poll_after_ms(seen.eta_s))}
 
 
-async def _sizes(context: Context, names: set[str]) -> dict[str, VideoSize]:
-    """What these models make, those among them that no worker has any more."""
-    sizes = {card.name: card.video for card in await _models(context)}
-    if old := sorted(names - sizes.keys()):
-        texts = await context.async_redis.hmget(MODELS_KEY, old)
-        cards = [ModelCard.model_validate_json(text) for text in texts if text]
-        sizes |= {card.name: card.video for card in cards}
-    return sizes
+async def _sizes(context: Context, records: Sequence[Record]) -> dict[str, VideoSize]:
+    """By the jobs' ids, what their models make, those among them that no worker has any more."""
+    fleet = await context.store.lookout.fleet_async()
+    cards = {record.id: fleet.model_of(record) for record in records}
+    if old := [record for record in records if cards[record.id] is None]:
+        texts = await context.async_redis.hmget(MODELS_KEY, [_model_id(record) for record in old])
+        cards |= {one.id: ModelCard.model_validate_json(text) for one, text in zip(old, texts, strict=True) if text}
+    return {job_id: card.video for job_id, card in cards.items() if card}
+
+
+def _model_id(record: Record) -> str:
+    return model_id(record.model, record.model_sha256 or record.pin or "")

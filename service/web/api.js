@@ -52,6 +52,15 @@ export async function request(path, options) {
   return response.json().catch(() => null);
 }
 
+/** Send `body` as JSON. */
+export const post = (path, body = {}) =>
+  request(path, { method: "POST", headers: { "Content-Type": "application/json" }, body: JSON.stringify(body) });
+
+/** A file that a link cannot open, as it takes the key. */
+export async function fetchBlob(path) {
+  return (await send(path)).blob();
+}
+
 async function send(path, { headers, ...options } = {}) {
   const used = key.value;
   const identity = used ? { Authorization: `Bearer ${used}` } : {};
@@ -166,6 +175,23 @@ export class EventParser {
     if (name === "data") message.data = message.data === undefined ? value : `${message.data}\n${value}`;
     else if (name === "event" || name === "id") message[name] = value;
     else if (name === "retry" && /^\d+$/.test(value)) message.retry = Number(value);
+  }
+}
+
+/** Do it now, and from then on again and again until `signal` is aborted; what goes wrong is thrown this first time only. */
+export async function poll(act, ms, signal) {
+  await act();
+  repeat(act, ms, signal);
+}
+
+async function repeat(act, ms, signal) {
+  for (;;) {
+    await pause(ms, signal);
+    if (signal.aborted) return;
+    if (document.hidden) continue;
+    await act().catch((error) => {
+      if (!(error instanceof RequestError)) throw error;
+    });
   }
 }
 

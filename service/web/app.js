@@ -3,6 +3,7 @@
 // The server is the only judge of what it accepts: nothing here refuses an input, and what the server says about one is
 // shown as it said it. The URL's hash holds the ids of what is on the stage, so reload and "back" just work.
 
+import { Admin, isAdminUrl } from "./admin.js";
 import { RequestError, here, key, onLocked, request } from "./api.js";
 import { $, el, fact, lessMotion, say, seconds, setText } from "./dom.js";
 import { Gallery } from "./gallery.js";
@@ -16,8 +17,9 @@ const MAX_NAME = 120; // of an image, in the notes that go with a request
 const FIELDS = ["image", "prompt", "seed", "model"];
 
 const state = {
-  models: [], // what GET /models says
+  models: [], // what GET /models says, each under the name that it is asked for by
   image: null, // File for the next request
+  asked: new Map(), // generation id -> the model that it was asked of, for this visit
   images: new Map(), // generation id -> the File it was made from, for this visit
   panes: [], // one, or two side by side
   duet: null, // plays both videos
@@ -29,6 +31,8 @@ const prompt = new PromptField(() => {
   fieldError("prompt", null);
   drawCode();
 });
+
+const admin = new Admin({ report });
 
 const gallery = new Gallery({ shown: () => shownGenerations().map(({ id }) => id), remove });
 
@@ -65,8 +69,21 @@ function lock(error) {
 
 function setLocked(isLocked) {
   $("lock").hidden = !isLocked;
-  $("work").hidden = isLocked;
   $("key-held").hidden = isLocked || !key.value;
+  showPart();
+}
+
+/** The playground or the administrators' part, as the URL says; neither while the page is locked. */
+function showPart() {
+  const isLocked = !$("lock").hidden;
+  const isAdmin = isAdminUrl();
+  $("work").hidden = isLocked || isAdmin;
+  $("admin").hidden = isLocked || !isAdmin;
+  if ($("admin").hidden) admin.close();
+  if (isLocked) $("ways").hidden = true;
+  $("to-playground").href = `#${shownGenerations().map(({ id }) => id).join("+")}`;
+  $(isAdmin ? "to-admin" : "to-playground").setAttribute("aria-current", "page");
+  $(isAdmin ? "to-playground" : "to-admin").removeAttribute("aria-current");
 }
 
 function keyError(message) {
@@ -108,6 +125,10 @@ function forgetKey() {
 
 const cardOf = (name) => state.models.find((card) => card.name === name);
 
+/** The name of the model that made it, or is to. */
+const modelOf = ({ id, model, model_sha256: sha256 }) =>
+  state.models.find((card) => card.sha256 === sha256)?.name ?? state.asked.get(id) ?? model;
+
 const details = (card) => {
   const { num_inference_steps: steps, kind } = card;
   return [...(kind ? [kind] : []), steps === 1 ? "1 step" : `${steps} steps`].join(", ");
@@ -123,13 +144,15 @@ async function loadModels() {
   const { data } = await request("/models");
   const print = (models) => models.map(({ sha256 }) => sha256).join();
   if (!data.length || print(data) === print(state.models)) return;
-  state.models = data;
+  // Of several with one name the first answers to it.
+  const answers = (card) => data.find(({ name }) => name === card.name) === card;
+  state.models = data.map((card) => (answers(card) ? card : { ...card, name: card.id }));
   gallery.showsModels = data.length > 1;
   $("model-field").hidden = data.length < 2;
   for (const select of [$("model"), $("other")]) {
     const before = select.value;
-    select.replaceChildren(...data.map((card) => el("option", { value: card.name }, `${card.name}, ${details(card)}`)));
-    select.value = cardOf(before) ? before : data[select === $("other") && data.length > 1 ? 1 : 0].name;
+    select.replaceChildren(...state.models.map((card) => el("option", { value: card.name }, `${card.name}, ${details(card)}`)));
+    select.value = cardOf(before) ? before : state.models[select === $("other") && data.length > 1 ? 1 : 0].name;
   }
   modelChanged();
 }
@@ -211,7 +234,7 @@ async function firstFrame() {
 
 function fileFrom(transfer) {
   const [file] = transfer?.files ?? [];
-  if (file) setImage(file);
+  if (file && !$("work").hidden) setImage(file);
   return Boolean(file);
 }
 
@@ -258,8 +281,9 @@ function watch(generations) {
 }
 
 function watchIn(pane, generation, isOneOfTwo) {
-  const card = cardOf(generation.model);
-  pane.setLabel(isOneOfTwo ? generation.model : "", card ? details(card) : "", card?.video);
+  const name = modelOf(generation);
+  const card = cardOf(name);
+  pane.setLabel(isOneOfTwo ? name : "", card ? details(card) : "", card?.video);
   pane.setStill(state.images.get(generation.id));
   pane.watch(generation);
 }
@@ -316,11 +340,12 @@ function drawFacts(panes, active) {
   const [generation] = shownGenerations();
   $("facts").hidden = active || !generation;
   if ($("facts").hidden) return;
-  const { seed, model, status, created_at, finished_at, expires_at } = generation;
+  const { seed, status, created_at, finished_at, expires_at } = generation;
   const facts = { Seed: seed };
   if (panes.length === 1) {
-    const card = cardOf(model);
-    facts.Model = card ? `${model}, ${details(card)}` : model;
+    const name = modelOf(generation);
+    const card = cardOf(name);
+    facts.Model = card ? `${name}, ${details(card)}` : name;
     if (status === "succeeded") facts.Took = seconds((new Date(finished_at) - new Date(created_at)) / 1000);
   }
   const until = new Date(expires_at).toLocaleString([], { dateStyle: "medium", timeStyle: "short" });
@@ -330,7 +355,7 @@ function drawFacts(panes, active) {
 
 /** How much longer one took than the other, said of these two runs and no more. */
 function drawVerdict(panes) {
-  const runs = panes.map(({ generation, manifest }) => ({ name: generation?.model, ...manifest }));
+  const runs = panes.map(({ generation, manifest }) => ({ name: generation && modelOf(generation), ...manifest }));
   const times = runs.map(({ timings_s }) => timings_s?.denoising).filter(Boolean);
   $("verdict").hidden = times.length < 2;
   if (times.length < 2) return;
@@ -363,7 +388,7 @@ function chart({ generation, manifest: { timings_s: timings } }, share, isOneOfT
   }));
   bar.style.width = `${100 * share}%`;
   const words = el("dl", { className: "timings" }, ...phases.map((name) => fact(name, seconds(timings[name]), name)));
-  const title = isOneOfTwo ? generation.model : "Seconds in each phase";
+  const title = isOneOfTwo ? modelOf(generation) : "Seconds in each phase";
   return el("section", { className: "chart" }, el("h3", { className: isOneOfTwo ? "quiet" : "unseen" }, title), bar, words);
 }
 
@@ -388,7 +413,7 @@ function currentAsk() {
   }
   const { id, metadata, prompt: sentence, seed } = generation;
   const image = state.images.get(id)?.name ?? metadata.image ?? "image.png";
-  return { image, prompt: sentence, seed, models: shownGenerations().map(({ model }) => model), ...rest };
+  return { image, prompt: sentence, seed, models: shownGenerations().map(modelOf), ...rest };
 }
 
 const language = () => $("code").querySelector("input:checked").value;
@@ -477,6 +502,7 @@ async function submit({ image, prompt: sentence, seed, model, beside }) {
   form.append("metadata", JSON.stringify(notes));
   const generation = await request("/generate", { method: "POST", body: form });
   state.images.set(generation.id, image);
+  if (model) state.asked.set(generation.id, model);
   return generation;
 }
 
@@ -530,7 +556,7 @@ function restore() {
   const generations = shownGenerations();
   if (!generations.length) return;
   const [{ id, prompt: sentence, seed }] = generations;
-  setModels(state.panes.map((pane) => pane.generation?.model ?? $("other").value));
+  setModels(state.panes.map(({ generation }) => (generation ? modelOf(generation) : $("other").value)));
   prompt.text = sentence;
   $("seed").value = seed;
   const image = state.images.get(id);
@@ -612,6 +638,8 @@ const idsInUrl = () => location.hash.slice(1).split("+").filter((id) => id.start
 
 /** Show what the URL names. */
 async function openFromUrl() {
+  showPart();
+  if (isAdminUrl()) return admin.open();
   const ids = idsInUrl();
   if (!ids.length) return showStill();
   if (ids.join() === shownGenerations().map(({ id }) => id).join()) return;
@@ -622,7 +650,7 @@ async function openFromUrl() {
   if (found.length) {
     history.replaceState(null, "", `#${found.map(({ id }) => id).join("+")}`);
     watch(found);
-    if (found.length > 1) setModels(found.map(({ model }) => model));
+    if (found.length > 1) setModels(found.map(modelOf));
   } else if (errors[0].status === 404) showStill({ gone: true });
   if (errors.length) report(errors[0]);
 }
@@ -648,7 +676,7 @@ function listenToForm() {
   $("image").onclick = () => ($("image").value = ""); // so that the same file can be chosen again
   $("image").onchange = () => fileFrom($("image"));
   document.addEventListener("keydown", (event) => {
-    if (event.key === "Enter" && (event.ctrlKey || event.metaKey) && $("lock").hidden) generate();
+    if (event.key === "Enter" && (event.ctrlKey || event.metaKey) && !$("work").hidden) generate();
   });
 }
 
@@ -706,8 +734,10 @@ const begin = attempt(async () => {
   setLocked(false);
   refreshGallery();
   drawExamples();
+  if (!isAdminUrl()) attempt(() => admin.knock())();
   await openFromUrl();
 });
 
 listen();
+showPart();
 begin().finally(watchReadiness);

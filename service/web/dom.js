@@ -23,9 +23,26 @@ export function setText(node, text) {
 /** Told to screen readers; only whole events, never each percent. */
 export const say = (text) => setText($("status"), text);
 
+export const capital = (word) => word[0].toUpperCase() + word.slice(1);
+
 /** A measured duration. */
 export const seconds = (value) => `${value < 10 ? value.toFixed(2) : value.toFixed(1)} s`;
 
 /** One `dt`, `dd` pair of a list of facts. */
 export const fact = (name, value, className = "") =>
   el("div", { className }, el("dt", {}, name), el("dd", {}, String(value)));
+
+/** The element in `root` that is for this (`data-key`). */
+export const keyed = (root, key) => root.querySelector(`[data-key="${CSS.escape(key)}"]`);
+
+const shownIn = new WeakMap();
+
+/** Draw a part anew where what it shows has changed. The keyboard stays on what is for the same thing. */
+export function drawPart(root, shown, make) {
+  const print = JSON.stringify(shown);
+  if (shownIn.get(root) === print) return;
+  shownIn.set(root, print);
+  const key = root.contains(document.activeElement) && document.activeElement.dataset.key;
+  root.replaceChildren(...make());
+  if (key) keyed(root, key)?.focus();
+}

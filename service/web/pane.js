@@ -1,7 +1,7 @@
 // One generation on the stage: its picture, its progress as it comes, and its video or how else it ended.
 
 import { RequestError, follow, here, request } from "./api.js";
-import { $, el, lessMotion, say, seconds, setText } from "./dom.js";
+import { $, capital, el, lessMotion, say, seconds, setText } from "./dom.js";
 
 export const PHASES = ["queued", "encoding", "denoising", "decoding", "saving"];
 const ENDED = ["succeeded", "failed", "cancelled", "expired"];
@@ -335,8 +335,6 @@ function endOf({ status, error, expires_at }) {
   const day = new Date(expires_at).toLocaleString([], { dateStyle: "medium", timeStyle: "short" });
   return `Its files were removed on ${day}: this service keeps a video for a while only. Its sentence and seed are still known.`;
 }
-
-const capital = (word) => word[0].toUpperCase() + word.slice(1);
 
 function about(left) {
   if (left < 0.1) return "any moment now";

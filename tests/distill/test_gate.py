@@ -145,6 +145,18 @@ def test_a_failure_is_called_by_its_name(verdicts, failure, says):
     assert says in verdicts[failure].refusals
 
 
+@pytest.mark.parametrize("changed", [{"shift": 5.0}, {"shift_terminal": 0.3}])
+def test_another_schedule_than_it_was_made_for_is_refused(tiny_run, tiny_teacher, tmp_path, changed):
+    """Its clips look as good to both forms: they are compared with nothing but the card."""
+    folder = broken(tmp_path / "student", tiny_run / "student", tiny_teacher, lambda _: None)
+    path = folder / "scheduler" / "scheduler_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changed}))
+    student.write_card(folder, student.parse_card(folder / "student.json"))
+    config = recipes.load_gate("shapes", ["gate.clips=2", "gate.reference_clips=2"])
+    with pytest.raises(student.FolderError, match=r"scheduler visits the noise levels .*, and student\.json says"):
+        gate.gate(folder, tiny_teacher, tiny_teacher, tmp_path / "out", config, lambda _: None)
+
+
 def test_a_video_that_is_no_number_is_the_worst_that_there_is(trial):
     made = trial.made["new"]
     video_BCTHW = made.video_BCTHW[:1].clone()

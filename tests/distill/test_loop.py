@@ -97,6 +97,11 @@ def test_events_carry_losses_rates_and_samples(tmp_path):
     assert [e["step"] for e in losses] == [2, 4, 6, 8, 10, 12]
     assert losses[-1]["loss"] < losses[0]["loss"]
     assert losses[0]["extra"] == 0.5  # the mean over the steps since the line before
+    assert all(e["steps_per_s"] > 0 and 10 < e["memory_mb"] < 1e6 for e in losses)
+    checkpoints = [(e["step"], e["checkpoint"]) for e in events if "checkpoint" in e]
+    assert checkpoints == [
+        (step, "stage.checkpoint.pt") for step in range(CONFIG.checkpoint_every, 13, CONFIG.checkpoint_every)
+    ]
     assert [e["step"] for e in events if "quality" in e] == [6, 12]
     assert not list(tmp_path.glob("*.tmp"))
 

@@ -482,10 +482,17 @@ def test_twenty_steps_follow_the_golden_curves(given, tmp_path):
         base = pruning.run(run, given, which, stage_two)
         matching.run(run, given, which, base, stage_three, scheduler, watched)
     events = [json.loads(line) for line in (tmp_path / "events.jsonl").read_text().splitlines()]
+    gaps = {name for event in events for name in event if name.startswith("critic_gap")}
+    assert gaps and gaps <= {f"critic_gap_s{quarter}" for quarter in range(4)}
     for stage, key in (("pruning", "loss"), ("matching", "loss"), ("matching", "critic_loss")):
         seen = [event[key] for event in events if event["stage"] == stage and key in event]
         assert len(seen) == 20
         curve(f"{stage}-{key}", seen)
+
+
+def test_the_critics_gap_is_the_mean_of_its_errors_in_each_quarter_of_the_noise_levels():
+    error_B, sigma_B = torch.tensor([1.0, 3.0, 5.0, 7.0]), torch.tensor([0.1, 0.2, 0.5, 1.0])
+    assert matching.gaps(error_B, sigma_B) == {"gap_s0": 2.0, "gap_s2": 5.0, "gap_s3": 7.0}
 
 
 def test_the_discriminator_takes_part_when_it_is_asked_for(given, tmp_path):

@@ -48,6 +48,17 @@ ROUTES = {
     "GET /admin/distillations": "admin",
     "GET /admin/distillations/{job_id}": "admin",
     "POST /admin/distillations/{job_id}/cancel": "admin",
+    "POST /admin/distillations/{job_id}/resume": "admin",
+    **{
+        f"GET /admin/distillations/{{job_id}}/{what}": "admin"
+        for what in ("events", "log", "metrics", "samples", "samples/{name}", "checkpoints")
+    },
+    "GET /admin/recipes": "admin",
+    "GET /admin/students": "admin",
+    "GET /admin/students/{student}": "admin",
+    "POST /admin/students/{student}/promote": "admin",
+    "POST /admin/students/rollback": "admin",
+    "GET /admin/release": "admin",
     "GET /admin/workers": "admin",
     "GET /admin/queue": "admin",
     "POST /admin/queue/pause": "admin",

@@ -38,7 +38,9 @@ JSON = {"Content-Type": "application/json"}
 FORM = {"Content-Type": "multipart/form-data; boundary=XX"}
 URLENCODED = {"Content-Type": "application/x-www-form-urlencoded"}
 NOWHERE = "vid_00000000000000000000000000"
-BEATS = re.compile(r"flg:(workers?\b|metrics|swept|seconds|rate|upkeep|.*:upkeep)|rq:(workers?\b|job|results|finished|clean)")
+BEATS = re.compile(
+    r"flg:(workers?\b|metrics|swept|seconds|rate|upkeep|.*:upkeep)|rq:(workers?\b|job|results|finished|clean)"
+)
 """Keys that change by themselves, or that other jobs' ends and the passing of time change."""
 
 

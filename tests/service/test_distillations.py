@@ -1,6 +1,7 @@
-"""`/admin/distillations` over HTTP, on a real Redis with real trainers: ask, list, cancel, and a whole small run."""
+"""`/admin/distillations` over HTTP, on a real Redis with real trainers: ask, list, follow, and a whole small run."""
 
 import asyncio
+import json
 import re
 import time
 
@@ -8,12 +9,15 @@ import httpx
 import pytest
 
 from service.app import create_app
+from service.distillation_schema import DistillationFields
 from service.distillations import DistillationStore
-from service.schema import DistillationFields
 from service.settings import Settings
 from tests.stack import Stack, stop, wait_for
-from worker.contract import Progress, Status
+from tests.stand_in import MODELS, sha256_of
+from worker.contract import TRAIN_OFFER_KEY, Named, Offer, Progress, Status
 from worker.records import connect
+from worker.releases import Releases
+from worker.storage import Storage
 
 PATH = "/admin/distillations"
 
@@ -22,7 +26,7 @@ PATH = "/admin/distillations"
 def own(tmp_path_factory):
     """Redis and a service; each test starts the trainer that it needs."""
     folder = tmp_path_factory.mktemp("own")
-    running = Stack(folder, RUNS=str(folder / "runs"))
+    running = Stack(folder, RUNS=str(folder / "runs"), STUDENTS=str(folder / "students"))
     running.redis.start()
     running.spawn("service")
     yield running
@@ -81,6 +85,49 @@ def wait_until_over(client, made: dict, seconds: float) -> dict:
         ({"preset": "smoke"}, "recipe", "recipe: Field required"),
         ({"recipe": "shapes", "set": ["seed=1"]}, "set", "set: Extra inputs are not permitted"),
         ({"recipe": 7}, "recipe", "recipe: Input should be a valid string"),
+        (
+            {"recipe": "shapes", "teacher": "/models/shapes-teacher"},
+            "teacher",
+            "teacher: got '/models/shapes-teacher'; there are shapes-teacher",
+        ),
+        ({"recipe": "shapes", "teacher": "https://x"}, "teacher", "teacher: got 'https://x'; there are shapes-teacher"),
+        ({"recipe": "shapes", "dataset": "../x"}, "dataset", "dataset: got '../x'; there are shapes"),
+        ({"recipe": "shapes", "promote": "now"}, "promote", "promote: Input should be 'auto' or 'manual'"),
+        (
+            {"recipe": "shapes", "overrides": {"pruning.fit.step": 4}},
+            "overrides.pruning.fit.step",
+            "overrides.pruning.fit.step: the recipe shapes has no such field; did you mean pruning.fit.steps?",
+        ),
+        (
+            {"recipe": "shapes", "overrides": {"teacher": "/etc"}},
+            "overrides.teacher",
+            "overrides.teacher: this field is not one that a request may change",
+        ),
+        (
+            {"recipe": "shapes", "overrides": {"pruning.fit.steps": "40"}},
+            "overrides.pruning.fit.steps",
+            'overrides.pruning.fit.steps: got "40"; Input should be a valid integer',
+        ),
+        (
+            {"recipe": "shapes", "overrides": {"pruning.fit.steps": [[]]}},
+            "overrides.pruning.fit.steps",
+            "overrides.pruning.fit.steps: Value error, wanted a number, a text, true, false, or a list of two numbers",
+        ),
+        (
+            {"recipe": "shapes", "overrides": {"gate.far": 3}},
+            "overrides.gate.far",
+            "overrides.gate.far: limits of the gate belong into gate",
+        ),
+        (
+            {"recipe": "shapes", "gate": {"far": 0}},
+            "gate.far",
+            "gate.far: got 0; Input should be greater than or equal to 1",
+        ),
+        (
+            {"recipe": "shapes", "gate": {"clips_from": "/etc"}},
+            "gate.clips_from",
+            "gate.clips_from: this field is not one that a request may change",
+        ),
     ],
 )
 def test_what_cannot_be_run_is_refused_by_the_name_of_its_field(client, body, param, says):
@@ -89,6 +136,68 @@ def test_what_cannot_be_run_is_refused_by_the_name_of_its_field(client, body, pa
     error = answer.json()["error"]
     assert (error["param"], error["message"]) == (param, says)
     assert client.get(PATH).json()["data"] == []
+
+
+def test_numbers_that_json_cannot_say_are_refused_like_any_other(client):
+    for number in ("NaN", "Infinity", "1e999"):
+        body = '{"recipe": "shapes", "overrides": {"pruning.fit.learning_rate": NUMBER}}'.replace("NUMBER", number)
+        answer = client.post(PATH, content=body, headers={"Content-Type": "application/json"})
+        assert answer.status_code == 422
+        assert answer.json()["error"]["param"] == "overrides.pruning.fit.learning_rate"
+
+
+@pytest.fixture
+def offer(own):
+    """A trainer was here, with another teacher than the recipe's own."""
+    redis = connect(own.redis.url)
+    made = Offer(
+        recipes=("shapes",),
+        teachers=(Named(name="other-teacher", sha256="7d" * 32),),
+        datasets=("shapes",),
+        policy="serve-first",
+        gpu="GPU-1",
+    )
+    redis.set(TRAIN_OFFER_KEY, made.model_dump_json())
+    yield made
+    redis.delete(TRAIN_OFFER_KEY)
+    redis.close()
+
+
+@pytest.mark.usefixtures("offer")
+def test_a_teacher_is_one_of_those_that_the_trainer_has(client):
+    refused = client.post(PATH, json={"recipe": "shapes"}).json()["error"]
+    assert (refused["param"], refused["code"]) == ("teacher", "unknown_teacher")
+    assert refused["message"] == "teacher: got 'shapes-teacher'; there are other-teacher"
+    made = submit(client, teacher="other-teacher")
+    assert (made["teacher"], made["dataset"], made["promote"]) == ("other-teacher", "shapes", "manual")
+
+
+@pytest.mark.usefixtures("offer")
+def test_recipes_are_listed_with_what_may_be_changed_of_them(client):
+    listed = client.get("/admin/recipes").json()
+    [recipe] = listed["data"]
+    assert (recipe["name"], recipe["presets"]) == ("shapes", ["full", "quick", "smoke"])
+    fields = {field["path"]: field for field in recipe["fields"]}
+    steps = fields["pruning.fit.steps"]
+    assert (steps["default"], steps["by_preset"], steps["type"]) == (2400, {"quick": 40, "smoke": 4}, "integer")
+    assert {"far", "ground_truth.score", "reference.motion"} < {field["path"] for field in recipe["gate_fields"]}
+    assert not {"teacher", "name", "compile"} & fields.keys()
+    assert listed["teachers"] == [{"name": "other-teacher", "sha256": "7d" * 32}]
+    assert (listed["datasets"], listed["trainer"]["policy"], listed["gpu"]) == (["shapes"], "serve-first", None)
+
+
+def test_what_was_asked_for_stands_in_the_answer(client):
+    asked = {
+        "overrides": {"pruning.fit.steps": 80, "matching.scores.beta_1": [0.5, 1], "matching.critic.kind": "full"},
+        "gate": {"ground_truth.score": 0.05},
+        "promote": "auto",
+    }
+    made = submit(client, **asked)
+    assert (made["overrides"], made["limits"], made["promote"]) == (asked["overrides"], asked["gate"], "auto")
+    assert client.get(made["links"]["self"]).json() == made
+    for way in ("log", "metrics", "samples", "checkpoints"):
+        assert client.get(made["links"][way]).json().get("data", []) == []
+    assert client.get(made["links"]["log"]).json() == {"lines": [], "last_id": None}
 
 
 def test_it_waits_for_a_trainer_and_is_cancelled_at_once_while_it_waits(client):
@@ -125,7 +234,7 @@ def test_no_more_wait_than_may(client):
 
 def test_what_the_queue_has_lost_is_enqueued_again_and_keeps_its_progress(own, monkeypatch):
     clients = connect(own.redis.url), connect(own.redis.url, text=False)
-    store = DistillationStore(*clients)
+    store = DistillationStore(*clients, Storage(str(own.storage)))
     record = store.submit(DistillationFields(recipe="shapes"), owner="local")
     progress = Progress(stage="pruning", step=3, values={"loss": 0.5})
     store.records.change(record, (Status.QUEUED,), status=Status.RUNNING, attempt=1, progress=progress)
@@ -152,23 +261,103 @@ def test_why_a_run_was_refused_reaches_the_client(client, trainer):
     }
 
 
-def test_a_recipe_becomes_a_student(client, own, trainer):
-    made = submit(client, preset="smoke")
+def test_one_that_has_failed_goes_on_and_one_that_waits_does_not(client, trainer):
+    made = submit(client)
+    answer = client.post(made["links"]["resume"])
+    assert (answer.status_code, answer.json()["error"]["code"]) == (409, "not_resumable")
+    client.post(made["links"]["cancel"])
+    answer = client.post(made["links"]["resume"])
+    assert (answer.status_code, answer.json()["status"], answer.json()["finished_at"]) == (202, "queued", None)
+    trainer("tests.stand_in", "trainer", "refuses")
+    assert wait_until_over(client, made, 30)["status"] == "failed"
+    assert client.get(made["links"]["log"]).json()["lines"] == ["error: nowhere is no model folder"]
+
+
+def test_it_is_followed_over_server_sent_events_to_its_end(client, own, trainer):
+    made = submit(client)
+    (own.folder / "runs" / made["id"]).mkdir(parents=True)
+    (own.folder / "runs" / made["id"] / "go").touch()
+    trainer("tests.stand_in", "trainer", "fails_the_gate")
+    seen = []
+    with client.stream("GET", made["links"]["events"], timeout=60) as answer:
+        assert answer.headers["content-type"].startswith("text/event-stream")
+        for line in answer.iter_lines():
+            name, _, value = line.partition(": ")
+            if name == "data":
+                seen.append(json.loads(value))
+            elif name == "event":
+                assert value == "distillation"
+            elif name == "id":
+                last_id = value
+    assert [seen[0]["status"], seen[-1]["status"]] == ["queued", "succeeded"]
+    assert seen[-1]["gate"]["refusals"] == ["reference, motion: the videos stand still"]
+    assert {"training", "gate", None} <= {view["phase"] for view in seen}
+    again = client.get(made["links"]["events"], headers={"Last-Event-ID": last_id})
+    assert again.text.count("event: distillation") == 1
+    # Lines go on after those that were read.
+    first = client.get(made["links"]["metrics"]).json()
+    assert [event["step"] for event in first["data"]][-1] == 8
+    rest = client.get(made["links"]["metrics"], params={"after": first["last_id"]}).json()
+    assert rest == {"data": [], "last_id": first["last_id"]}
+    assert client.get(made["links"]["log"], params={"after": "x"}).json()["error"]["param"] == "after"
+
+
+def test_a_recipe_becomes_a_student_that_is_judged_and_kept(client, own, trainer):
+    """The whole way, with the real commands: stages, gate, storage, registry, and all that is reported of it."""
+    # Four updates make no good student; whether one passes is not what this is about.
+    made = submit(client, preset="smoke", promote="auto", overrides={"pruning.fit.steps": 3}, gate={"far": 2.0})
     trainer("worker.trainer")
-    seen = set()
+    seen, phases = set(), set()
 
     def over() -> bool:
         now = client.get(made["links"]["self"]).json()
         seen.add((now["progress"] or {}).get("stage"))
+        phases.add(now["phase"])
         return Status(now["status"]).is_terminal
 
-    wait_for(over, 200, f"the student:\n{own.log('worker.trainer')}")
+    wait_for(over, 280, f"the student:\n{own.log('worker.trainer')}")
     after = client.get(made["links"]["self"]).json()
     assert after["status"] == "succeeded", after
     assert (after["progress"]["stage"], after["attempt"], after["error"]) == ("student", 1, None)
     assert seen & {"latents", "importance", "pruning", "matching"}
-    assert (own.folder / "runs" / after["student"] / "student.json").is_file()
+    assert {"training", "gate"} <= phases
+    student = own.folder / "runs" / after["student"]
+    assert after["student_sha256"] == sha256_of(student)
     assert client.post(made["links"]["cancel"]).json()["error"]["code"] == "already_over"
+
+    assert (len(after["importance"]["drop"]), len(after["importance"]["pruned"])) == (10, 3)
+    gate = after["gate"]
+    assert (gate["passed"], gate["against"]) == (False, sha256_of(MODELS / "shapes-4step"))
+    assert gate["refusals"]
+    assert (after["release"], after["note"]) == (None, None)
+    for url, begins in ((gate["report_url"], b"# "), (gate["plot_url"], b"\x89PNG"), (gate["sheet_url"], b"\x89PNG")):
+        assert client.get(url).content.startswith(begins)
+    redis = connect(own.redis.url)
+    [kept] = [one for one in Releases(redis).students() if one.distillation == made["id"]]
+    assert (kept.sha256, kept.gate.passed, Releases(redis).state().active) == (after["student_sha256"], False, None)
+    redis.close()
+
+    samples = {one["name"]: one for one in client.get(made["links"]["samples"]).json()["data"]}
+    assert {"importance.png", "importance.json", "matching-000003.png", "student.png", "report.md"} < samples.keys()
+    assert samples["student.png"]["kind"] == "sheet"
+    shown = client.get(samples["importance.json"]["url"])
+    assert (shown.headers["content-type"], shown.json()["pruned"]) == (
+        "application/json",
+        after["importance"]["pruned"],
+    )
+    assert client.get(made["links"]["samples"] + "/nothing.png").json()["error"]["code"] == "not_found"
+    data = client.get(made["links"]["metrics"]).json()["data"]
+    fitted = [one for one in data if one["stage"] == "matching" and "loss" in one["values"]]
+    assert [one["step"] for one in fitted] == [1, 2, 3]
+    for one in fitted:
+        assert one["values"]["steps_per_s"] > 0
+        assert one["values"]["memory_mb"] > 100
+        assert any(name.startswith("critic_gap_s") for name in one["values"])
+    assert [one["steps"] for one in data if one["stage"] == "pruning" and "loss" in one["values"]] == [3, 3, 3]
+    checkpoints = client.get(made["links"]["checkpoints"]).json()["data"]
+    assert [one["stage"] for one in checkpoints] == ["pruning", "matching"]
+    lines = client.get(made["links"]["log"]).json()["lines"]
+    assert any(line.startswith("importance: blocks") for line in lines)
 
 
 def test_where_others_reach_the_service_admin_needs_a_key(redis_server, tmp_path):
@@ -183,6 +372,7 @@ def test_where_others_reach_the_service_admin_needs_a_key(redis_server, tmp_path
                 await client.post(PATH, json={"recipe": "shapes"}),
                 await client.get(PATH),
                 await client.post(f"{PATH}/dist_{'0' * 26}/cancel"),
+                await client.get("/admin/recipes"),
             ]
 
     for answer in asyncio.run(answers()):

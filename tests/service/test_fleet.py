@@ -20,8 +20,10 @@ def card(name: str, frames: int = 17) -> ModelCard:
     )
 
 
-def worker(name: str) -> Heartbeat:
-    known = {"model": "m", "models": ("m",), "model_sha256": "", "engine": "none", "state": WorkerState.READY}
+def worker(name: str, *models: ModelCard) -> Heartbeat:
+    models = models or (card("m"), card("slow"))
+    known = {"model": models[0].name, "model_sha256": models[0].sha256, "models": tuple(one.id for one in models)}
+    known |= {"engine": "none", "state": WorkerState.READY}
     return Heartbeat(name=name, started_at=now(), seen_at=now(), **known)
 
 
@@ -76,3 +78,36 @@ def test_many_who_ask_within_a_second_cost_one_look(records):
     assert [lookout.fleet().expected_s(card("m")) for _ in range(50)] == [2.5] * 50
     after = records.redis.info("commandstats")["cmdstat_hgetall"]["calls"]
     assert after - before == 1
+
+
+# --- which model a request means -------------------------------------------------------------------------------------
+
+NEW, OLD = card("m"), card("m").model_copy(update={"sha256": "1" * 64})
+FIXED = card("teacher")
+
+
+@pytest.mark.parametrize(
+    ("name", "meant"),
+    [(None, NEW), ("m", NEW), ("teacher", FIXED), (OLD.id, OLD), (NEW.id, NEW), ("m@222222222222", None), ("x", None)],
+)
+def test_a_name_means_the_active_one_first_and_an_id_exactly_one(name, meant):
+    models = (NEW, FIXED, OLD)
+    known = fleet(models=models, ready=(worker("1", *models),), previous=OLD.sha256)
+    assert known.model(name) == meant
+    assert list(known.listed) == ["m", "teacher", OLD.id]
+    assert known.names == ["m", "teacher", NEW.id, FIXED.id, OLD.id]
+
+
+def test_while_not_every_worker_has_it_it_can_be_had_but_not_exactly():
+    under_way = fleet(models=(NEW, OLD), ready=(worker("1", NEW, OLD), worker("2", OLD)))
+    assert under_way.model("m") == under_way.model(None) == NEW
+    assert under_way.model(NEW.id) is None
+    assert under_way.model(OLD.id) == OLD
+
+
+def test_a_job_is_timed_by_the_student_that_makes_it():
+    known = fleet(models=(NEW, OLD), seconds={NEW.pace: 2.0, OLD.pace: 30.0})
+    follows = QUEUED.model_copy(update={"model": "gone by now", "follows": True})
+    pinned = QUEUED.model_copy(update={"pin": OLD.sha256})
+    assert (known.eta_s(follows, 1), known.eta_s(pinned, 1)) == (3.0, 45.0)
+    assert known.eta_s(QUEUED.model_copy(update={"pin": "2" * 64}), 1) is None

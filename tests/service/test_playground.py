@@ -17,7 +17,7 @@ from typing import Any
 import httpx
 import pytest
 from axe_playwright_python.sync_playwright import Axe
-from playwright.sync_api import Browser, Locator, Page, Route, expect, sync_playwright
+from playwright.sync_api import Browser, Locator, Page, Route, expect
 
 from service import auth
 from tests.stack import Stack, run_with
@@ -26,10 +26,6 @@ from worker.records import connect
 
 pytestmark = pytest.mark.browser
 
-FLAGS = (
-    "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
-    "--disable-component-update --disable-sync"
-).split()
 VIDEO_S = 60
 """How long one video may take on a busy machine."""
 COPY = ["clipboard-read", "clipboard-write"]
@@ -37,21 +33,13 @@ DESKTOP = {"width": 1280, "height": 900}
 TWO = ["shapes-4step", "shapes-teacher"]
 
 
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    binary = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-    if binary is None:
-        pytest.skip("needs a browser: install the package `chromium`")
-    with sync_playwright() as playwright:
-        chromium = playwright.chromium.launch(executable_path=binary, args=FLAGS)
-        yield chromium
-        chromium.close()
-
-
 class Visit:
-    """The page of a new visitor, with what the browser complained about and asked for."""
+    """The page of a new visitor, with what the browser complained about and asked for.
 
-    def __init__(self, browser: Browser, url: str, *, locked: bool = False, **context: Any) -> None:
+    Opens the playground, or what the address goes on with ``at``.
+    """
+
+    def __init__(self, browser: Browser, url: str, *, at: str = "", locked: bool = False, **context: Any) -> None:
         self.url = url
         self.context = browser.new_context(**context)
         self.page = self.context.new_page()
@@ -60,11 +48,17 @@ class Visit:
         self.page.on("console", lambda said: self.complaints.append(said.text) if said.type == "error" else None)
         self.page.on("pageerror", lambda error: self.complaints.append(str(error)))
         self.page.on("request", lambda request: self._note(request.url))
-        self.page.goto(url)
+        self.page.goto(url + at)
         if locked:
             expect(self.page.get_by_label("API key")).to_be_focused()
-        else:
+        elif not at:
             expect_open(self.page)
+
+    def close(self) -> None:
+        """Nobody may have complained, save about refusals, which a test asks for."""
+        self.context.close()
+        assert self.elsewhere == []
+        assert [text for text in self.complaints if "the server responded with a status of" not in text] == []
 
     def _note(self, url: str) -> None:
         if not url.startswith((self.url + "/", f"blob:{self.url}/", "data:image/")):
@@ -73,7 +67,7 @@ class Visit:
 
 @pytest.fixture
 def visit(browser: Browser, stack: Stack) -> Iterator[Callable[..., Visit]]:
-    """Opens the playground; at the end nobody may have complained, save about the refusals that a test asked for."""
+    """Opens the playground."""
     visits: list[Visit] = []
 
     def start(url: str = stack.url, **context: Any) -> Visit:
@@ -82,9 +76,7 @@ def visit(browser: Browser, stack: Stack) -> Iterator[Callable[..., Visit]]:
 
     yield start
     for one in visits:
-        one.context.close()
-        assert one.elsewhere == []
-        assert [text for text in one.complaints if "the server responded with a status of" not in text] == []
+        one.close()
 
 
 @pytest.fixture
@@ -222,7 +214,7 @@ def test_the_page_opens_whole(visit: Callable[..., Visit], stack: Stack) -> None
     opened = visit(viewport=DESKTOP)
     page = opened.page
     expect(page).to_have_title("FastLightGen playground")
-    expect(page.locator("#makes")).to_contain_text("shapes-4step · 4 steps")
+    expect(page.locator("#makes")).to_contain_text("shapes-4step · student, 4 steps")
     assert page.get_by_role("list", name="Example images").get_by_role("button").count() >= 10
     for part in ("colour", "shape", "motion", "pace", "camera", "second"):
         expect(page.get_by_role("radiogroup", name=part)).to_be_visible()
@@ -626,7 +618,7 @@ def test_two_models_are_compared_on_one_seed(guarded_page: Page, guarded: Guarde
     expect(panes.nth(1).get_by_role("progressbar")).to_be_visible()
     expect(panes.nth(1).get_by_role("button", name="Cancel shapes-teacher")).to_be_visible()
     expect(page.locator("#verdict")).to_be_visible(timeout=VIDEO_S * 1000)
-    for pane, name, steps in zip((panes.nth(0), panes.nth(1)), TWO, (4, 50), strict=True):
+    for pane, name, steps in zip((panes.nth(0), panes.nth(1)), TWO, ("student, 4", "teacher, 50"), strict=True):
         expect(pane.get_by_role("heading")).to_have_text(f"{name} {steps} steps")
         expect(pane.locator(".caption")).to_contain_text(re.compile(r"denoising \d+\.\d+ s"))
     assert float(page.locator("#verdict strong").inner_text().split()[0]) > 3

@@ -1,16 +1,18 @@
 """Which engine runs a model: each gives PyTorch's video, and what does not work says why."""
 
 import copy
+import json
 import shutil
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from importlib.metadata import version
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from distill import student
+from distill import lineage, student
 from worker.engine import choice, decoders
 from worker.engine.eager import EagerEngine
 from worker.engine.errors import EngineError
@@ -102,6 +104,12 @@ def test_another_students_weights_are_put_into_the_graph_that_is_there(
     made = frames(other, image)
     assert psnr_db(made, frames(load(engines, folder, engine="eager"), image)) >= 45
     assert psnr_db(made, frames(pipelines["ort"], image)) < 45
+    # What `python -m distill lineage` finds the student's engines by.
+    registry = json.loads((engines / "registry.json").read_text())
+    own = student.read_card(folder)
+    [build] = [build["about"] for build in registry.values() if build["about"]["model_sha256"] == own.sha256]
+    assert build["weights_sha256"] == lineage.weights_digest(own, "transformer/")
+    assert build["versions"]["torch"] == version("torch")
 
 
 @pytest.mark.parametrize(("memory_mb", "name"), [(16, "whole-eager"), (3, "pieces"), (1, "tiles")])

@@ -15,7 +15,7 @@ from distill.student import Card, Video
 from tests.stack import new_record
 from worker import jobs
 from worker.attempts import claim
-from worker.contract import SECONDS_KEY, Phase, Record, Status, input_path, output_path
+from worker.contract import SECONDS_KEY, Phase, Record, Status, input_path, model_id, output_path
 from worker.flights import Cancelled, Flight, Flights, Interrupted
 from worker.pipeline import Denoised
 from worker.records import Records, Refused, connect, now
@@ -44,7 +44,7 @@ class MomentaryPipeline:
         files={},
     )
 
-    model_card = SimpleNamespace(pace="m")
+    model_card = SimpleNamespace(pace="m", id=model_id("m", card.sha256))
 
     def __init__(self) -> None:
         self.during = self.amid = lambda: None
@@ -72,7 +72,7 @@ class MomentaryPipeline:
 def runtime(redis_server, tmp_path):
     client = connect(redis_server.url)
     client.flushdb()
-    made = jobs.Runtime("worker-a", {"m": MomentaryPipeline()}, Records(client, Record), Storage(str(tmp_path)))
+    made = jobs.Runtime("worker-a", jobs.Loaded(MomentaryPipeline()), Records(client, Record), Storage(str(tmp_path)))
     jobs.install(made)
     yield made
     jobs._runtime = None
@@ -92,7 +92,7 @@ def test_a_job_ends_with_its_files_and_is_not_made_twice(runtime, job):
     assert runtime.records.get(job.id).status is Status.SUCCEEDED
     assert all(runtime.storage.exists(output_path(job.id, suffix)) for suffix in ("mp4", "jpg", "json"))
     jobs.generate(job.id)  # the queue delivers it once more
-    assert runtime.pipelines["m"].calls == 1
+    assert runtime.loaded.active.calls == 1
 
 
 def test_an_attempt_that_died_after_publishing_is_completed_without_the_model(runtime, job):
@@ -100,7 +100,7 @@ def test_an_attempt_that_died_after_publishing_is_completed_without_the_model(ru
     runtime.records.redis.hset(f"flg:job:{job.id}", mapping={"status": "running", "progress": "0.9"})
     jobs.generate(job.id)
     after = runtime.records.get(job.id)
-    assert (after.status, after.attempt, runtime.pipelines["m"].calls) == (Status.SUCCEEDED, 2, 1)
+    assert (after.status, after.attempt, runtime.loaded.active.calls) == (Status.SUCCEEDED, 2, 1)
 
 
 def test_a_claim_whose_answer_was_lost_is_still_ours(runtime, job, monkeypatch):
@@ -133,7 +133,7 @@ def test_a_late_attempt_gives_way_whatever_it_meets(runtime, job, trouble):
         if trouble:
             raise trouble
 
-    runtime.pipelines["m"].during = overtaken
+    runtime.loaded.active.during = overtaken
     jobs.generate(job.id)  # returns: an error here would take the job away from worker-b
     after = runtime.records.get(job.id)
     assert (after.status, after.attempt, after.worker) == (Status.RUNNING, 2, "worker-b")
@@ -143,7 +143,7 @@ def test_a_current_attempt_that_meets_the_same_is_tried_again(runtime, job):
     def broken() -> None:
         raise OSError("storage down")
 
-    runtime.pipelines["m"].during = broken
+    runtime.loaded.active.during = broken
     with pytest.raises(OSError, match="storage down"):
         jobs.generate(job.id)
 
@@ -155,7 +155,7 @@ def test_a_failure_of_the_job_ends_in_its_record(runtime, job, error, code):
     def broken() -> None:
         raise error
 
-    runtime.pipelines["m"].during = broken
+    runtime.loaded.active.during = broken
     jobs.generate(job.id)
     after = runtime.records.get(job.id)
     assert (after.status, after.error_code) == (Status.FAILED, code)
@@ -167,12 +167,14 @@ def test_a_job_for_a_model_that_is_gone_says_so(runtime, job):
     jobs.generate(job.id)
     after = runtime.records.get(job.id)
     assert after.error_code == "model_gone"
-    assert after.error_message == "old was replaced by m while this job waited; send it again"
-    assert runtime.pipelines["m"].calls == 0
+    there = runtime.loaded.active.model_card.id
+    told = f"old was replaced while this job waited; served now are {there}; send it again with one of them"
+    assert after.error_message == told
+    assert runtime.loaded.active.calls == 0
 
 
 def test_a_job_that_is_deleted_while_it_is_made_leaves_nothing(runtime, job, tmp_path):
-    runtime.pipelines["m"].during = lambda: runtime.records.delete(job.id)
+    runtime.loaded.active.during = lambda: runtime.records.delete(job.id)
     jobs.generate(job.id)
     assert runtime.records.get(job.id) is None
     assert not list(tmp_path.glob("videos/*"))
@@ -184,7 +186,7 @@ def test_a_cancelled_job_stops_between_steps(runtime, job, tmp_path, when):
         current = runtime.records.get(job.id)
         runtime.records.change(current, (Status.RUNNING,), status=Status.CANCELLING)
 
-    setattr(runtime.pipelines["m"], when, cancel)
+    setattr(runtime.loaded.active, when, cancel)
     jobs.generate(job.id)
     assert runtime.records.get(job.id).status is Status.CANCELLED
     assert not list(tmp_path.glob("videos/*"))
@@ -200,7 +202,7 @@ def flight(monkeypatch):
 
 @pytest.mark.parametrize("when", ["during", "amid"])
 def test_a_job_that_rq_stops_is_cancelled_and_rq_hears_of_it(runtime, job, flight, when):
-    setattr(runtime.pipelines["m"], when, lambda: setattr(flight, "is_stopped", True))
+    setattr(runtime.loaded.active, when, lambda: setattr(flight, "is_stopped", True))
     with pytest.raises(Cancelled):
         jobs.generate(job.id)
     assert runtime.records.get(job.id).status is Status.CANCELLED
@@ -208,7 +210,7 @@ def test_a_job_that_rq_stops_is_cancelled_and_rq_hears_of_it(runtime, job, fligh
 
 @pytest.mark.parametrize("when", ["during", "amid"])
 def test_a_job_whose_worker_has_to_end_is_left_to_rq(runtime, job, flight, when, tmp_path):
-    setattr(runtime.pipelines["m"], when, lambda: setattr(flight, "is_interrupted", True))
+    setattr(runtime.loaded.active, when, lambda: setattr(flight, "is_interrupted", True))
     with pytest.raises(Interrupted):
         jobs.generate(job.id)
     assert runtime.records.get(job.id).status is Status.RUNNING
@@ -245,12 +247,12 @@ def test_a_job_that_comes_too_late_is_not_begun(runtime, job):
     runtime.records.change(job, (Status.QUEUED,), start_by=now() - 1)
     jobs.generate(job.id)
     after = runtime.records.get(job.id)
-    assert (after.status, after.error_code, runtime.pipelines["m"].calls) == (Status.FAILED, "deadline_start", 0)
+    assert (after.status, after.error_code, runtime.loaded.active.calls) == (Status.FAILED, "deadline_start", 0)
 
 
 def test_a_job_that_takes_too_long_ends_between_its_steps(runtime, job):
     runtime.records.change(job, (Status.QUEUED,), finish_by=now() + 0.05)
-    runtime.pipelines["m"].during = lambda: time.sleep(0.1)
+    runtime.loaded.active.during = lambda: time.sleep(0.1)
     jobs.generate(job.id)
     after = runtime.records.get(job.id)
     assert (after.status, after.error_code) == (Status.FAILED, "deadline")

@@ -8,10 +8,13 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
+
+Made = Literal["build", "refit", "loaded"]
+"""How an engine came to be: built, other weights put into one that was there, or there as it is."""
 
 
 class Engine(ABC):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from importlib.metadata import version
@@ -15,7 +16,7 @@ from distill import backbones
 from distill.backbones.base import Backbone
 from distill.student import Card
 from worker.engine import cache, decoders
-from worker.engine.base import Engine
+from worker.engine.base import Engine, Made
 from worker.engine.batching import BatchingEngine
 from worker.engine.eager import EagerEngine, GraphedEngine
 from worker.engine.errors import EngineError
@@ -82,6 +83,9 @@ class Choice:
     decoder: decoders.Decoder
     reason: str | None
     """Why it is not an engine that comes first, where that is so."""
+    made: Made = "loaded"
+    seconds: float = 0.0
+    """That it took, with the comparison."""
 
     @property
     def name(self) -> str:
@@ -112,10 +116,11 @@ def choose(model: Model, wanted: Wanted) -> Choice:
     Raises:
         EngineError: the engine was asked for by its name, and it does not work here.
     """
+    started = time.monotonic()
     choice = _choose(model, wanted)
     if wanted.max_batch > 1:
-        return replace(choice, engine=BatchingEngine(choice.engine, wanted.max_batch))
-    return choice
+        choice = replace(choice, engine=BatchingEngine(choice.engine, wanted.max_batch))
+    return replace(choice, seconds=time.monotonic() - started)
 
 
 def _choose(model: Model, wanted: Wanted) -> Choice:
@@ -153,25 +158,34 @@ def _ort(model: Model, wanted: Wanted) -> Choice:
     except ImportError as error:
         raise EngineError(f"{error.name} is not installed; pip install 'fastlightgen[worker]'") from None
     builds = cache.Cache(wanted.folder)
+    made: dict[str, Made] = {}
 
     batch = {name: (0,) for name in model.inputs} if wanted.max_batch > 1 else {}
 
     def graph(part: str, module: Any, inputs: dict[str, Tensor], axes: Mapping[str, tuple[int, ...]]) -> Path:
         """The module's graph with its own weights. Another student's graph is not exported anew if it is the same."""
-        about = {"engine": "ort", "part": part, "model": model.card.name, "model_sha256": model.card.sha256}
         config, files = {
             "transformer": (model.pipe.transformer.config, "transformer/"),
             "decoder": (model.pipe.vae.config, "vae/"),
         }[part]
         read = graph_read(config, inputs, axes)
         weights = {name: sha256 for name, sha256 in model.card.files.items() if name.startswith(files)}
+        about = {
+            "engine": "ort",
+            "part": part,
+            "model": model.card.name,
+            "model_sha256": model.card.sha256,
+            "weights_sha256": cache.key_of(**weights),
+            "versions": read["versions"],
+        }
+
+        def export_it(folder: Path) -> None:
+            made[part] = "build"
+            export.export(module, inputs, folder / GRAPH, axes)
 
         def fill(folder: Path) -> None:
-            exported = builds.get(
-                cache.key_of(part=part, **read),
-                lambda folder: export.export(module, inputs, folder / GRAPH, axes),
-                about,
-            )
+            made[part] = "refit"
+            exported = builds.get(cache.key_of(part=part, **read), export_it, about)
             export.with_weights(exported / GRAPH, module.state_dict(), folder / GRAPH)
 
         return builds.get(cache.key_of(part=part, weights=weights, **read), fill, about) / GRAPH
@@ -189,7 +203,7 @@ def _ort(model: Model, wanted: Wanted) -> Choice:
         _compare("the decoder", run(**inputs), whole(**inputs)[0])
         return run
 
-    return Choice(engine, _decoder(model, wanted, run_whole, "ort"), None)
+    return Choice(engine, _decoder(model, wanted, run_whole, "ort"), None, made.get("transformer", "loaded"))
 
 
 def _trt(model: Model, wanted: Wanted) -> Choice:
@@ -200,7 +214,7 @@ def _trt(model: Model, wanted: Wanted) -> Choice:
     # Beside one clip at a time, which is what was recorded.
     together = {name: (wanted.max_batch, *value.shape[1:]) for name, value in model.inputs.items()}
     engine = trt.make(model, cache.Cache(wanted.folder), [together] if wanted.max_batch > 1 else [])
-    return Choice(engine, _decoder(model, wanted), None)
+    return Choice(engine, _decoder(model, wanted), None, engine.made)
 
 
 _MAKERS: dict[str, Callable[[Model, Wanted], Choice]] = {"eager": _eager, "ort": _ort, "trt": _trt}

@@ -121,6 +121,8 @@ class ParallelEngine(Engine):
         self._in_step = True
 
     def _check(self) -> None:
+        if dist.is_initialized():
+            raise EngineError(f"{self.world_size} devices share another model in this process; start the worker anew")
         kind, heads = type(self.transformer).__name__, self.config.num_attention_heads
         wanted = f"{self.world_size} devices were wanted for one video"
         if self.world_size < 2:

@@ -19,7 +19,7 @@ import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from functools import cache, partial
+from functools import cache
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -31,7 +31,7 @@ from onnx.helper import tensor_dtype_to_np_dtype
 from torch import Tensor
 
 from worker.engine import choice, export
-from worker.engine.base import Engine
+from worker.engine.base import Engine, Made
 from worker.engine.cache import Cache, key_of, source_sha256
 from worker.engine.eager import EagerEngine
 from worker.engine.errors import EngineError
@@ -274,6 +274,8 @@ def _largest(sizes: Sequence[Shapes]) -> Shapes:
 class TrtEngine(Engine):
     """A plan on the GPU. One call at a time."""
 
+    made: Made
+
     def __init__(
         self,
         folder: Path,
@@ -452,7 +454,8 @@ def _make(model: choice.Model, builds: Cache, sizes: Sequence[Shapes], expected:
     weights_sha256 = key_of(**{name: sha for name, sha in model.card.files.items() if name.startswith("transformer/")})
     all_sizes = [{name: tuple(value.shape) for name, value in model.inputs.items()}, *sizes]
     axes = _axes(all_sizes, model.backbone.EXPORT_AXES)
-    about = {"model": model.card.name, "model_sha256": model.card.sha256, "engine": trt.__name__}
+    about: dict[str, Any] = {"model": model.card.name, "model_sha256": model.card.sha256, "engine": trt.__name__}
+    about |= {"weights_sha256": weights_sha256, "versions": {trt.__name__: trt.__version__}, "gpu": _gpu()}
 
     @cache
     def exported() -> Path:
@@ -481,11 +484,17 @@ def _make(model: choice.Model, builds: Cache, sizes: Sequence[Shapes], expected:
 
     def attempt(key: str, refittable: bool) -> TrtEngine:
         built = Built(refittable, weights_sha256, _parameters(weights))
-        write = partial(_write, built=built, exported=exported, sizes=all_sizes, timings=timings)
+        made: list[Path] = []
+
+        def write(folder: Path) -> None:
+            made.append(folder)
+            _write(folder, built=built, exported=exported, sizes=all_sizes, timings=timings)
+
         folder = builds.get(key, write, {"part": "plan", "refittable": refittable, **about})
         other = Built.read(folder).weights_sha256 != weights_sha256
         engine = TrtEngine(folder, transformer.config, expected.dtype, expected.device, weights if other else None)
         choice.check_parity(engine, expected, model.inputs, TOLERANCES[expected.dtype])
+        engine.made = "build" if made else "refit" if other else "loaded"
         log.info("%s: %s", engine.name, "other weights put in" if other else "loaded")
         return engine
 
