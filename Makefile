@@ -41,9 +41,11 @@ check: $(VENV)/.testing ## Format, lint, types, import rules
 fuzz: $(VENV)/.testing ## Send thousands of generated requests to every route (FUZZ_CASES=5000)
 	FUZZ_CASES=$${FUZZ_CASES:-5000} $(BIN)/python -m pytest tests/service/test_fuzz.py $(ARGS)
 
-bench: $(VENV)/.testing up ## Time our engine beside stock diffusers, requests to the running stack, and the service under load
+bench: $(VENV)/.testing up ## Time engines, the service under load, releases, requests to the running stack; what the gate catches
 	$(BIN)/python -m benchmarks.engines
 	$(BIN)/python -m benchmarks.service
+	$(BIN)/python -m benchmarks.release
+	$(BIN)/python -m benchmarks.gate
 	$(BIN)/python -m benchmarks.serving --url "$$($(BIN)/python deploy/stack.py url)" $(ARGS)
 
 # --- installation: a stamp in .venv for each set of packages, renewed when their versions change ----------------------

@@ -221,7 +221,7 @@ def main() -> int:
                 Figure("other weights put in", "s", engines["refit"]),
                 Figure("found as it is", "s", engines["loaded"]),
             ],
-            f"A refit takes 1/{ratio:.1f} of a build.\n",
+            f"\nA refit takes 1/{ratio:.1f} of a build.\n",
         ),
     ]
     report = _report(plan, parts, load, time.monotonic() - began)

@@ -316,6 +316,12 @@ class ReferenceLimits(Config):
     sharpness: Tunable[tuple[float, float]] = Field(
         default=(0.6, 2.0), description="blurred or flat below, noisy above"
     )
+    detail: Tunable[tuple[float, float]] = Field(
+        default=(0.75, 3.0), description="of the Laplacian: edges washed out below, noise above"
+    )
+    warp_error: Tunable[tuple[float, float]] = Field(
+        default=(0.5, 1.4), description="what changes without moving: nothing at all below, too much above"
+    )
     saturation: Tunable[tuple[float, float]] = Field(
         default=(0.85, 1.18), description="washed out below, over-saturated above"
     )
@@ -337,7 +343,7 @@ class ReferenceLimits(Config):
 
     @model_validator(mode="after")
     def _one_is_allowed(self) -> Self:
-        for name in ("motion", "flicker", "sharpness", "saturation"):
+        for name in ("motion", "flicker", "sharpness", "detail", "warp_error", "saturation"):
             low, high = getattr(self, name)
             if not 0 < low < 1 < high:
                 raise ValueError(f"{name}: a ratio of 1 has to lie between the two; got {low:g} and {high:g}")

@@ -64,6 +64,8 @@ WORDS = {
     "motion": ("the videos stand still", "the motion is exaggerated"),
     "flicker": ("the colours do not change as they should", "the videos flash"),
     "sharpness": ("the pictures are blurred or flat", "the pictures are noisy or over-sharpened"),
+    "detail": ("edges are washed out", "what should be edges is noise"),
+    "warp_error": ("the videos stand still", "things change that do not move"),
     "saturation": ("the colours are washed out", "the colours are over-saturated"),
     "first_frame_ssim": ("the videos do not begin with the given image", ""),
     "colour_drift": ("", "the colours leave those of the given image"),

@@ -18,14 +18,22 @@ from torch.nn import functional as F
 
 from distill.metrics import ssim
 
-FLOORS = {"motion": 0.05, "flicker": 0.5, "sharpness": 1e-3, "saturation": 0.01}
+FLOORS = {
+    "motion": 0.05,
+    "flicker": 0.5,
+    "sharpness": 1e-3,
+    "detail": 1e-4,
+    "warp_error": 0.2,
+    "saturation": 0.01,
+}
 """Figures that are compared as ratios, and below what they count as nothing: of two still clips none moves more."""
 
 DIFFERENCES = ("first_frame_ssim", "colour_drift", "dead_frames")
 """Figures that are compared by their difference."""
 
 BROKEN = 4.0
-"""A clip whose ratio of any figure is so large, or one over it, is nothing like the teacher's."""
+"""A clip whose ratio of one of the figures `TELLING` is so large, or one over it, is nothing like the teacher's."""
+TELLING = ("motion", "flicker", "sharpness", "saturation")
 
 FLOW_SIZE = 64
 CELLS = 8
@@ -59,6 +67,9 @@ def looks(video_BCTHW: Tensor, given_BCHW: Tensor) -> Looks:
         first_frame_ssim: structural similarity of the first frame and the given image.
         colour_drift: mean distance of a frame's colours from the first frame's, whatever their place, in [0, 1].
         sharpness: mean squared difference of neighbouring pixels after the first frame.
+        detail: mean squared Laplacian after the first frame. Edges go into it more than into the sharpness.
+        warp_error: mean difference from the next frame moved back by the flow, in levels of 255: what changes without
+            moving.
         saturation: mean distance of the largest channel from the smallest after the first frame, in [0, 1].
         dead_frames: share of the frames after the first that are black or of one colour.
     """
@@ -71,6 +82,8 @@ def looks(video_BCTHW: Tensor, given_BCHW: Tensor) -> Looks:
         "first_frame_ssim": ssim(video[:, :, 0], given_BCHW.float()),
         "colour_drift": colour_drift(video),
         "sharpness": sharpness(video),
+        "detail": detail(video),
+        "warp_error": warp_error(video, flow_BT2HW),
         "saturation": (video.amax(1) - video.amin(1))[:, 1:].mean(dim=(1, 2, 3)) / 2,
         "dead_frames": dead_frames(video),
     }
@@ -91,7 +104,7 @@ def beside(made: Looks, teachers: Looks) -> dict[str, Tensor]:
     apart = {name: ours[name] - theirs[name] for name in DIFFERENCES}
     alike_B = F.cosine_similarity(made.flow_BF, teachers.flow_BF, dim=1)
     both_still_B = torch.maximum(ours["motion"], theirs["motion"]) <= FLOORS["motion"]
-    furthest_B = torch.stack(list(ratios.values())).nan_to_num().abs().amax(0)
+    furthest_B = torch.stack([ratios[name] for name in TELLING]).nan_to_num().abs().amax(0)
     broken_B = (furthest_B > math.log(BROKEN)) | (apart["dead_frames"] > 0.5)
     other_motion_B = torch.where(both_still_B, 0.0, 1 - alike_B)
     return {**ratios, **apart, "other_motion": other_motion_B, "broken_clips": broken_B.float()}
@@ -161,6 +174,14 @@ def _warped(image_N1HW: Tensor, flow_N2HW: Tensor) -> Tensor:
     return F.grid_sample(image_N1HW, grid_NHW2, mode="bilinear", padding_mode="border", align_corners=False)
 
 
+def warp_error(video_BCTHW: Tensor, flow_BT2HW: Tensor) -> Tensor:
+    """Mean difference of each frame from the next, moved back by the flow between them, in levels of 255, ``[B]``."""
+    small_BTCHW = shrink(video_BCTHW, FLOW_SIZE).transpose(1, 2)
+    back_NCHW = _warped(small_BTCHW[:, 1:].flatten(0, 1), flow_BT2HW.flatten(0, 1))
+    apart_NCHW = (back_NCHW - small_BTCHW[:, :-1].flatten(0, 1)).abs()
+    return apart_NCHW.unflatten(0, (len(video_BCTHW), -1)).mean(dim=(1, 2, 3, 4)) * 127.5
+
+
 def flicker(video_BCTHW: Tensor) -> Tensor:
     """Mean second difference over time of the colours of 8 x 8 cells, in levels of 255, ``[B]``."""
     cells_BCTHW = F.adaptive_avg_pool3d(video_BCTHW, (video_BCTHW.shape[2], CELLS, CELLS))
@@ -185,6 +206,13 @@ def sharpness(video_BCTHW: Tensor) -> Tensor:
     later = video_BCTHW[:, :, 1:]
     across_B, down_B = (later.diff(dim=axis).square().mean(dim=(1, 2, 3, 4)) for axis in (4, 3))
     return across_B + down_B
+
+
+def detail(video_BCTHW: Tensor) -> Tensor:
+    """Mean squared Laplacian after the first frame, ``[B]``."""
+    later = video_BCTHW[:, :, 1:]
+    around = later[..., :-2, 1:-1] + later[..., 2:, 1:-1] + later[..., 1:-1, :-2] + later[..., 1:-1, 2:]
+    return (around - 4 * later[..., 1:-1, 1:-1]).square().mean(dim=(1, 2, 3, 4))
 
 
 def dead_frames(video_BCTHW: Tensor) -> Tensor:

@@ -40,6 +40,7 @@ OUR_VARIABLES = (
     "LEASE_S",
     "RUNS",
     "STUDENTS",
+    "KEEP_PREVIOUS",
     "TEACHERS",
     "GATE_AGAINST",
     "TRAIN_POLICY",

@@ -9,12 +9,10 @@ from __future__ import annotations
 
 import gc
 import logging
-import sys
 import threading
 import time
 import weakref
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -37,7 +35,6 @@ log = logging.getLogger(__name__)
 _LOOK_S = 1.0
 _AGAIN_S, _AGAIN_MAX_S = 5.0, 300.0
 """Until a student that could not be loaded is tried again: at first, and at most."""
-_SWITCH_INTERVAL_S = 0.0005
 
 
 @dataclass(frozen=True)
@@ -122,7 +119,9 @@ class Stager(threading.Thread):
             self._number, self._failures = state.number, {}
         if state.active is not None:
             if loaded.previous and loaded.previous.card.sha256 not in (state.active, state.previous):
-                loaded = self._replace(replace(loaded, previous=None))  # three need not fit
+                loaded = self._replace(replace(loaded, previous=None))  # first: three need not fit
+                self._tell()
+                self._free()
             if loaded.active.card.sha256 != state.active:
                 self._activate(loaded, state)
             elif self._staging is None or self._staging.state != "loaded" or self._staging.wanted != state.active:
@@ -159,14 +158,13 @@ class Stager(threading.Thread):
         say(Staging(wanted=sha256, state="staging"))
         try:
             places = self._places
-            with _yielding():
-                return self._load(release.locate(sha256, places.models, places.storage, places.students))
+            return self._load(release.locate(sha256, places.models, places.storage, places.students))
         except Exception as error:  # of a folder, the storage, an engine, or a lack of memory
+            said = str(error).partition("\n")[0] or type(error).__name__
             if sha256 not in self._failures:
-                log.warning("student %s cannot be served: %s", sha256[:12], error)
+                log.warning("student %s cannot be served: %s", sha256[:12], said)
             wait = min(2 * waited, _AGAIN_MAX_S)
             self._failures[sha256] = (time.monotonic() + wait, wait)
-            said = str(error).partition("\n")[0] or type(error).__name__
         _free_memory()
         say(Staging(wanted=sha256, state="failed", message=said))
         return None
@@ -231,14 +229,3 @@ def _free_memory() -> None:
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
-
-
-@contextmanager
-def _yielding() -> Iterator[None]:
-    """Python gives other threads their turn more often: loading and exporting are long stretches of it."""
-    before = sys.getswitchinterval()
-    sys.setswitchinterval(_SWITCH_INTERVAL_S)
-    try:
-        yield
-    finally:
-        sys.setswitchinterval(before)

@@ -145,6 +145,25 @@ def test_a_failure_is_called_by_its_name(verdicts, failure, says):
     assert says in verdicts[failure].refusals
 
 
+def test_the_reference_form_sees_blur_by_itself(trial):
+    """For most models there is no other form."""
+    made = trial.made["new"]
+    blurred_BCTHW = F.avg_pool3d(made.video_BCTHW, (1, 5, 5), 1, (0, 2, 2), count_include_pad=False)
+    verdict = trial.judge(replace(made, video_BCTHW=blurred_BCTHW))
+    assert "reference, detail: edges are washed out" in verdict.refusals
+
+
+def test_the_reference_form_sees_blocks_out_of_order_by_itself(trial, tmp_path):
+    def swapped(transformer) -> None:
+        transformer.blocks.insert(0, transformer.blocks.pop(1))
+
+    folder = broken(tmp_path / "swapped", ACTIVE, TEACHER, swapped)
+    card = student.read_card(folder)
+    video_BCTHW = trial.clips.make(evaluate.load(folder), card, trial.config.clips)
+    verdict = trial.judge(replace(trial.made["new"], card=card, video_BCTHW=video_BCTHW))
+    assert "reference, warp_error: things change that do not move" in verdict.refusals
+
+
 @pytest.mark.parametrize("changed", [{"shift": 5.0}, {"shift_terminal": 0.3}])
 def test_another_schedule_than_it_was_made_for_is_refused(tiny_run, tiny_teacher, tmp_path, changed):
     """Its clips look as good to both forms: they are compared with nothing but the card."""
@@ -253,7 +272,7 @@ def test_figures_do_not_depend_on_the_size_of_the_video(trial):
     video_BCTHW = trial.made["teacher"].video_BCTHW[:, :, :5]
     larger_BCTHW = F.interpolate(video_BCTHW, (5, 192, 192), mode="nearest")
     small, large = (reference.looks(video, video[:, :, 0]) for video in (video_BCTHW, larger_BCTHW))
-    for name in ("motion", "flicker", "colour_drift", "saturation", "dead_frames"):
+    for name in ("motion", "flicker", "warp_error", "colour_drift", "saturation", "dead_frames"):
         assert torch.allclose(small.figures[name], large.figures[name], rtol=0.02, atol=1e-4), name
 
 
