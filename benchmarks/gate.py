@@ -25,7 +25,7 @@ def main() -> int:
     began = time.monotonic()
     student, teacher = MODELS / "shapes-4step", MODELS / "shapes-teacher"
     config = recipes.load_gate("shapes", [])
-    trial = gate.Trial(student, student, teacher, config, lambda line: print(line, file=sys.stderr, flush=True))
+    trial = gate.Trial(student, student, teacher, config, lambda _line: None)
     verdicts = gate.failures(trial)
     table = gate.catch_table(verdicts)
     sys.stdout.write(table)
@@ -33,8 +33,9 @@ def main() -> int:
         f"""# What the gate catches
 
 `python -m benchmarks.gate`: `models/shapes-4step` against itself and its teacher, {config.clips} fixed clips for the
-ground truth and {config.reference_clips} for the reference form, the limits of the recipe `shapes`. Took
-{(time.monotonic() - began) / 60:.1f} minutes. After a refusal: the limits that are furthest exceeded, with what was found.
+ground truth and {config.reference_clips} for the reference form, the limits of the recipe `shapes`. Took \
+{(time.monotonic() - began) / 60:.1f} minutes.
+After a refusal: the limits that are furthest exceeded, with what was found.
 
 {table}"""
     )
