@@ -131,7 +131,8 @@ def weights_of(folder: Path) -> bytes:
 
 
 QUICK = {"preset": "quick", "gate": {"ground_truth.score": 0.2, "ground_truth.subject_consistency": 0.3}}
-"""The whole way, too short for a student as good as the one that is served: its limits are wider, and say so."""
+"""The whole way, too short for a student as good as the one that is served (240 and 45 steps would do): its limits are
+wider, and say so."""
 
 
 def test_from_a_wish_to_a_promoted_student_and_back(whole, admin, customer):
