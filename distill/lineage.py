@@ -544,7 +544,7 @@ def _engines(card: Card, folder: Path | None) -> Link:
     if folder is None or registry is None or not registry.is_file():
         return _absent("engine", "no engines", "--engines FOLDER")
     link = Link("engine", {"folder": str(folder), "builds": []})
-    parts = {weights_digest(card, part): part for part in ("transformer/", "vae/")}
+    parts = {student.weights_sha256(card.files, part) for part in ("transformer", "vae")}
     for key, build in (_read(dict[str, _Build], registry, link) or {}).items():
         weights = build.about.get("weights_sha256")
         if build.about.get("model_sha256") != card.sha256 and weights not in parts:
@@ -563,12 +563,6 @@ def _engines(card: Card, folder: Path | None) -> Link:
     if not link.facts["builds"] and not link.broken:
         link.unchecked.append(f"{registry} lists no build of this student")
     return link
-
-
-def weights_digest(card: Card, part: str) -> str:
-    """Of the weights and configuration of one part, as the engines' registry names them."""
-    files = {name: sha256 for name, sha256 in card.files.items() if name.startswith(part)}
-    return hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()[:32]
 
 
 def _storage(card: Card, folder: Path | None) -> Link:

@@ -12,7 +12,7 @@ import json
 import os
 import shutil
 import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -103,6 +103,13 @@ class Card(BaseModel):
     def sha256(self) -> str:
         """Identity of the whole folder: the files' hashes and everything said here."""
         return hashlib.sha256(self.model_dump_json(exclude_none=True).encode()).hexdigest()
+
+
+def weights_sha256(files: Mapping[str, str], part: str) -> str:
+    """Of the weights and configuration of one part (`transformer`) of a card's files, 32 digits: what engines are built
+    from."""
+    own = {name: sha256 for name, sha256 in files.items() if name.startswith(f"{part}/")}
+    return hashlib.sha256(json.dumps(own, sort_keys=True).encode()).hexdigest()[:32]
 
 
 def now() -> str:

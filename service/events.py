@@ -166,8 +166,7 @@ async def follow(
         shown: Record | None = None
         if cursor is None:
             # The stream's end first, then the record: a change in between comes twice rather than never.
-            newest = cast(list[tuple[str, Any]], await redis.xrevrange(events_key(job_id), count=1))
-            cursor = newest[0][0] if newest else "0-0"
+            cursor = await _newest(redis, job_id)
             seen = await reader.find(job_id)
             if seen is None:
                 return
@@ -229,17 +228,23 @@ async def states(
     with hub.watching(job_id) as watch:
         while True:
             # The stream's end first, then the record: a change in between comes twice rather than never.
-            newest = cast(list[tuple[str, Any]], await redis.xrevrange(events_key(job_id), count=1))
+            cursor = await _newest(redis, job_id)
             values = cast(dict[str, str], await redis.hgetall(record_key(job_id)))
             if not values:
                 return
-            record, cursor = kind.from_hash(values), newest[0][0] if newest else "0-0"
+            record = kind.from_hash(values)
             if cursor != last_id or record.status.is_terminal:
                 last_id = cursor
                 yield cursor, record
             if record.status.is_terminal:
                 return
             await watch.wait(_LOOK_S)
+
+
+async def _newest(redis: AsyncRedis, job_id: str) -> str:
+    """Id of a job's latest change."""
+    newest = cast(list[tuple[str, Any]], await redis.xrevrange(events_key(job_id), count=1))
+    return newest[0][0] if newest else "0-0"
 
 
 def valid_id(text: str | None) -> str | None:

@@ -52,10 +52,6 @@ class Students(BaseModel):
     previous: str | None = Field(default=None, description="Of the one before it, which workers keep loaded")
 
 
-class ReleaseView(Release):
-    """One change of the student that is served."""
-
-
 class WorkerRelease(BaseModel):
     """How far one worker is with the latest release."""
 
@@ -73,7 +69,7 @@ class ReleaseState(State):
     """What is served, by which workers, and since when."""
 
     workers: list[WorkerRelease]
-    history: list[ReleaseView] = Field(description="The latest first")
+    history: list[Release] = Field(description="The latest first")
 
 
 def worker_release(name: str, loaded: str, staging: Staging | None) -> WorkerRelease:

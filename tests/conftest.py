@@ -7,6 +7,7 @@ from pathlib import Path
 
 import httpx
 import pytest
+from redis import Redis
 
 from tests.stack import RedisServer, Stack, new_record
 from worker.contract import Record
@@ -79,12 +80,18 @@ def redis_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RedisServ
 
 
 @pytest.fixture
-def records(redis_server: RedisServer) -> Iterator[Records[Record]]:
-    """The records of an empty Redis."""
+def redis(redis_server: RedisServer) -> Iterator[Redis]:
+    """A client of an empty Redis, which decodes responses."""
     client = connect(redis_server.url)
     client.flushdb()
-    yield Records(client, Record)
+    yield client
     client.close()
+
+
+@pytest.fixture
+def records(redis: Redis) -> Records[Record]:
+    """The records of an empty Redis."""
+    return Records(redis, Record)
 
 
 @pytest.fixture

@@ -27,7 +27,7 @@ from redis.exceptions import RedisError
 
 from distill.student import Card, FolderError, card_path, file_sha256, parse_card, read_card
 from worker.contract import LOCAL, GateSummary
-from worker.records import connect, ready_workers, served_models
+from worker.records import connect
 from worker.releases import NotPromoted, Releases, Student
 from worker.storage import Storage
 
@@ -188,7 +188,7 @@ def _locked(folder: Path) -> Iterator[None]:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Exit code 1: Redis or the storage cannot be used; 2: it was asked for what there is not; 3: not promoted."""
     chosen = _parser().parse_args(arguments)
-    releases = Releases(redis := connect(os.environ.get("REDIS_URL") or "redis://127.0.0.1:6379/0", patience=1))
+    releases = Releases(connect(os.environ.get("REDIS_URL") or "redis://127.0.0.1:6379/0", patience=1))
     storage = Storage(os.environ.get("STORAGE_URL") or "var/storage")
     try:
         if chosen.command == "list":
@@ -200,8 +200,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             said = f"{fetch(storage, _find(releases, chosen.student).sha256, chosen.out)}\n"
         elif chosen.command == "promote":
             student = _find(releases, chosen.student)
-            served = served_models(redis, ready_workers(redis))
-            serving = served[0].sha256 if served else None
+            serving = releases.serving().active
             release = releases.promote(
                 student.sha256, by=LOCAL, reason=chosen.reason, force=chosen.force, serving=serving
             )

@@ -21,6 +21,7 @@ from worker.contract import (
     GateSummary,
     model_id,
 )
+from worker.records import ready_workers, served_models
 
 _MAX_STACK = 100
 
@@ -160,6 +161,13 @@ class Releases:
             pipeline.lindex(STACK_KEY, 1)
             values, below = cast(tuple[dict[str, Any], str | None], pipeline.execute())
         return State(**{name: value or None for name, value in values.items()}, rolls_back_to=below)
+
+    def serving(self) -> State:
+        """The same; before any release, with what the workers have begun with as active."""
+        state = self.state()
+        if state.active is None and (served := served_models(self._redis, ready_workers(self._redis))):
+            return state.model_copy(update={"active": served[0].sha256})
+        return state
 
     def history(self, limit: int = 50) -> list[Release]:
         """The releases, the newest first."""

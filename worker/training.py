@@ -37,7 +37,7 @@ from worker import release
 from worker.attempts import ACTIVE, attempt, fail, finish, held, lost
 from worker.contract import Distillation, GateSummary, RunPhase, Status
 from worker.gpu_lock import Turns
-from worker.records import Records, Refused, served_models, workers
+from worker.records import Records, Refused
 from worker.releases import NotPromoted, Releases
 from worker.run_reports import Reporter
 from worker.storage import Storage
@@ -213,9 +213,8 @@ class Run:
         if before is not None:  # by an attempt that died thereafter
             return {"release": before.number}
         try:
-            served = verdict.against if self._releases.state().active is None else None
-            reason = f"{record.id} has passed the gate"
-            return {"release": self._releases.promote(card.sha256, by=record.id, reason=reason, serving=served).number}
+            reason, against = f"{record.id} has passed the gate", verdict.against
+            return {"release": self._releases.promote(card.sha256, by=record.id, reason=reason, serving=against).number}
         except NotPromoted as refused:
             return {"note": f"it was not promoted: {refused}"}
 
@@ -234,9 +233,7 @@ class Run:
 
     def _rival(self) -> tuple[str, Path]:
         """The student that is served now, by its identity, and where it lies."""
-        runtime, redis = self._runtime, self._runtime.records.redis
-        served = [card.sha256 for card in served_models(redis, workers(redis))]
-        active = next(filter(None, (self._releases.state().active, *served)), None)
+        runtime, active = self._runtime, self._releases.serving().active
         try:
             if active is None:
                 return parse_card(card_path(runtime.gate_against)).sha256, runtime.gate_against

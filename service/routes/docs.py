@@ -23,7 +23,7 @@ from service.distillation_schema import (
     sample,
 )
 from service.openai_schema import ModelList, VideoDeleted, VideoPage
-from service.release_schema import ReleaseState, ReleaseView, Students, StudentView, WorkerRelease
+from service.release_schema import ReleaseState, Students, StudentView, WorkerRelease
 from service.schema import (
     DeadWebhook,
     DeadWebhooks,
@@ -60,6 +60,7 @@ from worker.contract import (
     VideoSize,
     WorkerState,
 )
+from worker.releases import Release
 
 PROMPT = "a red circle moves right quickly, static camera"
 HOOK = "https://shop.example.org/hook"
@@ -419,7 +420,7 @@ _STUDENT = StudentView(
     status="active",
     workers=2,
 )
-_PROMOTED = ReleaseView(
+_PROMOTED = Release(
     number=7,
     at=_MOMENT,
     action="promote",
@@ -431,7 +432,7 @@ _PROMOTED = ReleaseView(
     forced=False,
     gate=_STUDENT.gate,
 )
-_ROLLED_BACK = ReleaseView(
+_ROLLED_BACK = Release(
     number=8,
     at=_MOMENT + 900,
     action="rollback",

@@ -8,12 +8,11 @@ from typing import Annotated
 
 from fastapi import APIRouter, Path
 
-from service.deps import AdminDep, Context, ContextDep
+from service.deps import AdminDep, ContextDep
 from service.errors import ApiError
 from service.release_schema import (
     Promotion,
     ReleaseState,
-    ReleaseView,
     Rollback,
     Students,
     StudentView,
@@ -21,8 +20,8 @@ from service.release_schema import (
 )
 from service.routes import docs
 from worker.contract import Heartbeat
-from worker.records import ready_workers, served_models, workers
-from worker.releases import NotPromoted, Releases, State, Student
+from worker.records import workers
+from worker.releases import NotPromoted, Release, Releases, State, Student
 
 router = APIRouter(prefix="/admin", tags=["admin"])
 
@@ -34,7 +33,7 @@ _PLAIN, _BACK = Promotion(), Rollback()
 def list_students(_principal: AdminDep, context: ContextDep) -> Students:
     """Every student that was added or has served, the newest first."""
     releases = Releases(context.redis)
-    state, alive = _state(context, releases), workers(context.redis)
+    state, alive = releases.serving(), workers(context.redis)
     data = [_view(student, state, alive) for student in releases.students()]
     return Students(data=data, active=state.active, previous=state.previous)
 
@@ -47,7 +46,7 @@ def list_students(_principal: AdminDep, context: ContextDep) -> Students:
 def read_student(student: StudentDep, _principal: AdminDep, context: ContextDep) -> StudentView:
     """Where it comes from, what the gate said of it, and how many workers have it loaded."""
     releases = Releases(context.redis)
-    return _view(_find(releases, student), _state(context, releases), workers(context.redis))
+    return _view(_find(releases, student), releases.serving(), workers(context.redis))
 
 
 @router.post(
@@ -55,11 +54,10 @@ def read_student(student: StudentDep, _principal: AdminDep, context: ContextDep)
     summary="Serve the student before",
     responses={200: docs.ROLLED_BACK, **docs.refusals("admin", 409, 413, 422)},
 )
-def roll_back(principal: AdminDep, context: ContextDep, fields: Rollback = _BACK) -> ReleaseView:
+def roll_back(principal: AdminDep, context: ContextDep, fields: Rollback = _BACK) -> Release:
     """Go back to what the active student was promoted over; once more goes back further. 409: there is nothing."""
     with _refusing():
-        release = Releases(context.redis).roll_back(by=principal.id, reason=fields.reason, number=fields.number)
-    return ReleaseView(**release.model_dump())
+        return Releases(context.redis).roll_back(by=principal.id, reason=fields.reason, number=fields.number)
 
 
 @router.post(
@@ -67,7 +65,7 @@ def roll_back(principal: AdminDep, context: ContextDep, fields: Rollback = _BACK
     summary="Serve this student",
     responses={200: docs.PROMOTED, **docs.refusals("admin", 404, 409, 413, 422)},
 )
-def promote(student: StudentDep, principal: AdminDep, context: ContextDep, fields: Promotion = _PLAIN) -> ReleaseView:
+def promote(student: StudentDep, principal: AdminDep, context: ContextDep, fields: Promotion = _PLAIN) -> Release:
     """Each worker loads it beside what it serves, and goes over between two jobs; see `GET /admin/release`.
 
     409 `gate_missing`, `gate_refused`, `gate_stale`: the gate has not passed it against the student that is active
@@ -75,12 +73,11 @@ def promote(student: StudentDep, principal: AdminDep, context: ContextDep, field
     """
     releases = Releases(context.redis)
     wanted = _find(releases, student)
-    serving = _state(context, releases).active
+    serving = releases.serving().active
     with _refusing():
-        release = releases.promote(
+        return releases.promote(
             wanted.sha256, by=principal.id, reason=fields.reason, force=fields.force, serving=serving
         )
-    return ReleaseView(**release.model_dump())
 
 
 @router.get("/release", summary="What is served", responses={200: docs.RELEASE, **docs.refusals("admin")})
@@ -88,18 +85,10 @@ def read_release(_principal: AdminDep, context: ContextDep) -> ReleaseState:
     """The active student, how far each worker is with it, and the releases so far."""
     releases = Releases(context.redis)
     return ReleaseState(
-        **_state(context, releases).model_dump(),
+        **releases.serving().model_dump(),
         workers=[worker_release(one.name, one.model_sha256, one.release) for one in workers(context.redis)],
-        history=[ReleaseView(**release.model_dump()) for release in releases.history()],
+        history=releases.history(),
     )
-
-
-def _state(context: Context, releases: Releases) -> State:
-    """What is served; before any release, what workers have begun with."""
-    state = releases.state()
-    if state.active is None and (served := served_models(context.redis, ready_workers(context.redis))):
-        return state.model_copy(update={"active": served[0].sha256})
-    return state
 
 
 def _find(releases: Releases, text: str) -> Student:

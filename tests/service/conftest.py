@@ -1,7 +1,8 @@
-"""The browser that the tests of the page share."""
+"""A picture to animate, and the browser that the tests of the page share."""
 
 from __future__ import annotations
 
+import base64
 import shutil
 from collections.abc import Iterator
 
@@ -15,6 +16,18 @@ FLAGS = (
 
 
 expect.set_options(timeout=10_000)  # the machine may be busy
+
+
+@pytest.fixture(scope="module")
+def image(example_image) -> bytes:
+    """A picture that the model can animate."""
+    return example_image.read_bytes()
+
+
+@pytest.fixture(scope="module")
+def data_url(image) -> str:
+    """The same as JSON can carry it."""
+    return "data:image/png;base64," + base64.b64encode(image).decode()
 
 
 @pytest.fixture(scope="module")

@@ -165,16 +165,6 @@ def paused(quiet):
     wait_until_quiet(quiet)
 
 
-@pytest.fixture(scope="module")
-def image(example_image) -> bytes:
-    return example_image.read_bytes()
-
-
-@pytest.fixture(scope="module")
-def data_url(image) -> str:
-    return "data:image/png;base64," + base64.b64encode(image).decode()
-
-
 class Memory:
     """What the service holds, in MiB."""
 

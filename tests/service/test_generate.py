@@ -31,11 +31,6 @@ def generate(client, image, prompt=PROMPT, **fields) -> dict:
 
 
 @pytest.fixture(scope="module")
-def image(example_image) -> bytes:
-    return example_image.read_bytes()
-
-
-@pytest.fixture(scope="module")
 def finished(stack, image) -> dict:
     with httpx.Client(base_url=stack.url, timeout=90) as client:
         return generate(client, image, seed=11)

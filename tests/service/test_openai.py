@@ -1,6 +1,5 @@
 """OpenAI's wire format, with the `openai` client itself on a real stack: ask, wait, fetch, list, remix, delete."""
 
-import base64
 import io
 import json
 
@@ -72,16 +71,6 @@ def owned(stack):
     for client in clients:
         client.close()
     connection.close()
-
-
-@pytest.fixture(scope="module")
-def image(example_image) -> bytes:
-    return example_image.read_bytes()
-
-
-@pytest.fixture(scope="module")
-def data_url(image) -> str:
-    return "data:image/png;base64," + base64.b64encode(image).decode()
 
 
 @pytest.fixture(scope="module")

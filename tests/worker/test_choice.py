@@ -12,7 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
-from distill import lineage, student
+from distill import student
 from worker.engine import choice, decoders
 from worker.engine.eager import EagerEngine
 from worker.engine.errors import EngineError
@@ -108,7 +108,7 @@ def test_another_students_weights_are_put_into_the_graph_that_is_there(
     registry = json.loads((engines / "registry.json").read_text())
     own = student.read_card(folder)
     [build] = [build["about"] for build in registry.values() if build["about"]["model_sha256"] == own.sha256]
-    assert build["weights_sha256"] == lineage.weights_digest(own, "transformer/")
+    assert build["weights_sha256"] == student.weights_sha256(own.files, "transformer")
     assert build["versions"]["torch"] == version("torch")
 
 

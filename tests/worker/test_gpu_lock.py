@@ -14,14 +14,6 @@ GPU = "GPU-1"
 NIGHT = Window.parse("22:00-06:00")
 
 
-@pytest.fixture
-def redis(redis_server):
-    client = connect(redis_server.url)
-    client.flushdb()
-    yield client
-    client.close()
-
-
 def at(text: str) -> datetime:
     return datetime.fromisoformat(f"2026-03-{text}").replace(tzinfo=timezone(timedelta(hours=2)))
 

@@ -125,14 +125,6 @@ def test_what_a_dead_process_left_is_removed_and_two_at_once_fetch_once(student,
 
 
 @pytest.fixture
-def redis(redis_server):
-    client = connect(redis_server.url)
-    client.flushdb()
-    yield client
-    client.close()
-
-
-@pytest.fixture
 def releases(redis):
     """Three students: A serves, B and C were held against it and passed."""
     made = Releases(redis)

@@ -18,16 +18,9 @@ from worker.contract import (
     run_metrics_key,
     sample_path,
 )
-from worker.records import connect, now
+from worker.records import now
 from worker.run_reports import KEPT_LINES, MAX_FILE_BYTES, MAX_LINE, Reporter, Tail, advance
 from worker.storage import Storage
-
-
-@pytest.fixture
-def redis(redis_server):
-    client = connect(redis_server.url)
-    yield client
-    client.close()
 
 
 @pytest.fixture

@@ -82,14 +82,6 @@ class World:
 
 
 @pytest.fixture
-def redis(redis_server):
-    client = connect(redis_server.url)
-    client.flushdb()
-    yield client
-    client.close()
-
-
-@pytest.fixture
 def world(redis, tmp_path, folders):
     made = World(redis, tmp_path, folders)
     made.follow()

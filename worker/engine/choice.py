@@ -14,7 +14,7 @@ from torch import Tensor
 
 from distill import backbones
 from distill.backbones.base import Backbone
-from distill.student import Card
+from distill.student import Card, weights_sha256
 from worker.engine import cache, decoders
 from worker.engine.base import Engine, Made
 from worker.engine.batching import BatchingEngine
@@ -164,18 +164,18 @@ def _ort(model: Model, wanted: Wanted) -> Choice:
 
     def graph(part: str, module: Any, inputs: dict[str, Tensor], axes: Mapping[str, tuple[int, ...]]) -> Path:
         """The module's graph with its own weights. Another student's graph is not exported anew if it is the same."""
-        config, files = {
-            "transformer": (model.pipe.transformer.config, "transformer/"),
-            "decoder": (model.pipe.vae.config, "vae/"),
+        config, own = {
+            "transformer": (model.pipe.transformer.config, "transformer"),
+            "decoder": (model.pipe.vae.config, "vae"),
         }[part]
         read = graph_read(config, inputs, axes)
-        weights = {name: sha256 for name, sha256 in model.card.files.items() if name.startswith(files)}
+        weights = {name: sha256 for name, sha256 in model.card.files.items() if name.startswith(f"{own}/")}
         about = {
             "engine": "ort",
             "part": part,
             "model": model.card.name,
             "model_sha256": model.card.sha256,
-            "weights_sha256": cache.key_of(**weights),
+            "weights_sha256": weights_sha256(model.card.files, own),
             "versions": read["versions"],
         }
 

@@ -30,6 +30,7 @@ import torch
 from onnx.helper import tensor_dtype_to_np_dtype
 from torch import Tensor
 
+from distill import student
 from worker.engine import choice, export
 from worker.engine.base import Engine, Made
 from worker.engine.cache import Cache, key_of, source_sha256
@@ -451,7 +452,7 @@ class _Expected(Engine):
 def _make(model: choice.Model, builds: Cache, sizes: Sequence[Shapes], expected: _Expected, scratch: Path) -> TrtEngine:
     trt, transformer = module(), model.pipe.transformer
     weights = transformer.state_dict()
-    weights_sha256 = key_of(**{name: sha for name, sha in model.card.files.items() if name.startswith("transformer/")})
+    weights_sha256 = student.weights_sha256(model.card.files, "transformer")
     all_sizes = [{name: tuple(value.shape) for name, value in model.inputs.items()}, *sizes]
     axes = _axes(all_sizes, model.backbone.EXPORT_AXES)
     about: dict[str, Any] = {"model": model.card.name, "model_sha256": model.card.sha256, "engine": trt.__name__}
