@@ -1,17 +1,17 @@
-"""Counters that all processes share, what `/metrics` makes of them, and the files that read it. Real Redis."""
+"""Counters that all processes share, and what `/metrics` makes of them. Real Redis."""
 
 import asyncio
-import json
 import logging
 import re
 import shutil
 import subprocess
+import time
 from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import httpx
 import pytest
-import yaml
+from anyio.to_thread import current_default_thread_limiter
 from fastapi import FastAPI, Request
 from fastapi.responses import StreamingResponse
 from fastapi.staticfiles import StaticFiles
@@ -19,28 +19,47 @@ from prometheus_client.openmetrics.parser import text_string_to_metric_families 
 from prometheus_client.parser import text_string_to_metric_families as parse_text
 from rq import Queue, SimpleWorker
 from rq.serializers import JSONSerializer
+from rq.suspension import suspend
+from starlette.concurrency import run_in_threadpool
 
 from service import errors
 from service.auth import Authenticator, Keys, new_key
+from service.ids import new_id
 from service.middleware import RequestId
-from service.routes.metrics import HttpMetrics, keep_flushing, router
+from service.routes.metrics import HttpMetrics, keep_flushing, keep_timing, router
 from service.settings import Settings
 from tests.stack import ROOT, free_port, new_record
 from worker.contract import (
+    COURIER_KEY,
     METRICS_KEY,
     QUEUE,
+    RELEASE_KEY,
     SLOTS_TOTAL_KEY,
     WEBHOOKS_DEAD_KEY,
     WEBHOOKS_DUE_KEY,
     WORKERS_KEY,
+    Canary,
+    Distillation,
     Heartbeat,
     Phase,
+    Record,
+    Staging,
     Status,
     WorkerState,
     worker_key,
 )
-from worker.metrics import METRICS, Metrics, Series, observe_cancel, observe_start, observe_success, parse, read
-from worker.records import connect, connect_async, now
+from worker.metrics import (
+    METRICS,
+    Metrics,
+    Series,
+    complete,
+    observe_cancel,
+    observe_start,
+    observe_success,
+    parse,
+    read,
+)
+from worker.records import Records, connect, connect_async, now
 from worker.storage import Storage
 
 # --- the shared hash -------------------------------------------------------------------------------------------------
@@ -63,6 +82,38 @@ def test_a_job_that_ends_is_counted_where_its_record_changes(records, record):
     running = records.change(record, (Status.QUEUED,), status=Status.RUNNING, attempt=1)
     records.change(running, (Status.RUNNING,), status=Status.SUCCEEDED)
     assert read(records.redis)["jobs_total"] == [Series(("shapes-4step", "succeeded"), 1.0)]
+
+
+def test_a_job_that_fails_is_counted_by_the_code_of_its_error(records, record):
+    ended = {"status": Status.FAILED, "error_code": "timed_out", "error_message": "..."}
+    records.change(record, (Status.QUEUED,), **ended)
+    distillation = Distillation(
+        id=new_id("dist"), status=Status.QUEUED, recipe="shapes", preset="quick", created_at=now()
+    )
+    distillations = Records(records.redis, Distillation)
+    distillations.create(distillation)
+    distillations.change(distillation, (Status.QUEUED,), **ended | {"error_code": "run_crashed"})
+    found = read(records.redis)
+    assert found["generation_failures_total"] == [Series(("timed_out",), 1.0)]
+    assert found["distillation_failures_total"] == [Series(("run_crashed",), 1.0)]
+
+
+def test_what_may_yet_happen_is_there_with_0():
+    found = {"jobs_total": [Series(("m", "failed"), 2.0)], "redis_ok": [Series(("noeviction",), 1.0)]}
+    whole = complete(found)
+    assert set(whole) == set(METRICS)
+    assert sorted((one.labels, one.value) for one in whole["jobs_total"]) == [
+        (("m", "cancelled"), 0.0),
+        (("m", "expired"), 0.0),
+        (("m", "failed"), 2.0),
+        (("m", "succeeded"), 0.0),
+    ]
+    assert whole["worker_starts_total"] == [Series((), 0.0)]
+    assert [one.buckets[-1] for one in whole["queue_wait_seconds"]] == [("+Inf", 0.0)]
+    assert {one.labels for one in whole["eta_error_seconds"]} == {("early",), ("late",)}
+    # Nobody knows which models there are before they are named, and what was not looked up is not 0.
+    assert whole["job_seconds"] == whole["http_requests_total"] == whole["queue_depth"] == []
+    assert whole["redis_ok"] == [Series(("noeviction",), 1.0)]
 
 
 def test_a_bucket_holds_what_is_not_above_its_bound(records):
@@ -132,6 +183,27 @@ def test_counts_reach_redis_when_the_service_ends(records):
 
     asyncio.run(serve_and_end())
     assert read(records.redis)["requeues_total"] == [Series(("lost",), 1.0)]
+
+
+def test_a_service_finds_out_how_late_its_loop_is_and_how_long_calls_wait_for_a_thread(records, monkeypatch):
+    monkeypatch.setattr("service.routes.metrics._LOOK_S", 0.05)
+    metrics = Metrics()
+
+    async def hold_up() -> None:
+        current_default_thread_limiter().total_tokens = 1  # of this loop
+        task = asyncio.create_task(keep_timing(metrics))
+        holder = asyncio.create_task(run_in_threadpool(time.sleep, 0.6))
+        await asyncio.sleep(0.01)
+        time.sleep(0.3)  # the loop stands when it should look, and its only thread is taken
+        await holder
+        await asyncio.sleep(0.01)
+        task.cancel()
+
+    asyncio.run(hold_up())
+    metrics.flush(records.redis)
+    [lag], [wait] = (read(records.redis)[name] for name in ("event_loop_lag_seconds", "thread_wait_seconds"))
+    assert lag.value >= 0.2
+    assert wait.value >= 0.2
 
 
 # --- what a job tells ------------------------------------------------------------------------------------------------
@@ -244,10 +316,25 @@ def test_gauges_are_looked_up_when_asked_for(records, call):
     redis.set(SLOTS_TOTAL_KEY, 2500)
     redis.zadd(WEBHOOKS_DUE_KEY, {"vid_a": 1, "vid_b": 2})
     redis.zadd(WEBHOOKS_DEAD_KEY, {"vid_c": 1})
+    redis.set(COURIER_KEY, 1)
+    redis.hset(RELEASE_KEY, "number", 7)
     for name, state in (("a", WorkerState.READY), ("b", WorkerState.READY), ("c", WorkerState.BUSY)):
-        beat = Heartbeat(name=name, state=state, model="m", model_sha256="", engine="trt", started_at=1, seen_at=1)
+        beat = Heartbeat(
+            name=name,
+            state=state,
+            model="m",
+            model_sha256="",
+            models=("m@000000000000", "old@000000000001"),
+            engine="trt",
+            gpu_mem_bytes=2**30,
+            release=Staging(wanted="0", state="failed" if name == "a" else "loaded"),
+            canary=Canary(at=1, ok=True, seconds=3.0 if name == "a" else 1.0, first_seconds=2.0),
+            started_at=1,
+            seen_at=1,
+        )
         redis.set(worker_key(name), beat.model_dump_json())
         redis.sadd(WORKERS_KEY, name)
+    suspend(redis)
     [answer] = call(("GET", "/metrics", {}))
     assert answer.headers["content-type"].startswith("text/plain")
     found = samples(answer.text)
@@ -261,11 +348,52 @@ def test_gauges_are_looked_up_when_asked_for(records, call):
         "flg_worker_up{state=ready}": 2,
         "flg_worker_up{state=busy}": 1,
         "flg_worker_up{state=loading}": 0,
+        "flg_worker_model{model=m@000000000000}": 3,
+        "flg_worker_release{state=failed}": 1,
+        "flg_worker_release{state=loaded}": 2,
+        "flg_worker_release{state=staging}": 0,
+        "flg_canary_slowdown_ratio{}": 1.5,
+        "flg_gpu_mem_bytes{engine=trt}": 3 * 2**30,
+        "flg_release_number{}": 7,
+        "flg_courier_up{}": 1,
+        "flg_queue_paused{}": 1,
         "flg_sse_streams{}": 0,
     }
     assert {name: found[name] for name in expected} == expected
     assert 0 <= found["flg_oldest_queued_seconds{queue=gpu}"] < 60
     assert found["flg_disk_free_bytes{}"] > 0
+    assert found["flg_webhooks_late_seconds{}"] > 10**9  # the first was due at second 1
+
+
+def test_redis_says_how_it_is_where_our_user_may_ask(records, call):
+    found = samples(call(("GET", "/metrics", {}))[0].text)
+    checks = ("aof_enabled", "aof_rewrite", "aof_write", "noeviction")
+    assert {name: found[f"flg_redis_ok{{check={name}}}"] for name in checks} == dict.fromkeys(checks, 1)
+    assert 0 < found["flg_redis_memory_bytes{}"] < found["flg_redis_memory_limit_bytes{}"]
+    assert found["flg_redis_clients{}"] >= 1 and found["flg_redis_call_seconds{}"] > 0
+    records.redis.config_set("maxmemory-policy", "allkeys-lru")
+    records.redis.config_set("maxmemory", 2**30)
+    try:
+        found = samples(call(("GET", "/metrics", {}))[0].text)
+    finally:
+        records.redis.config_set("maxmemory-policy", "noeviction")
+        records.redis.config_set("maxmemory", 0)
+    assert (found["flg_redis_ok{check=noeviction}"], found["flg_redis_memory_limit_bytes{}"]) == (0, 2**30)
+
+
+def test_where_our_user_may_not_ask_redis_the_rest_is_there(records, redis_server, tmp_path):
+    records.redis.execute_command("ACL", "SETUSER", "blind", "on", "nopass", "~*", "&*", "+@all", "-info")
+    url = redis_server.url.replace(f":{redis_server.password}@", "blind:x@")
+    blind = connect(url)
+    try:
+        [answer] = asyncio.run(_answers(Records(blind, Record), url, tmp_path, [("GET", "/metrics", {})], Settings()))
+    finally:
+        blind.close()
+        records.redis.execute_command("ACL", "DELUSER", "blind")
+    assert answer.status_code == 200
+    found = samples(answer.text)
+    assert found["flg_redis_call_seconds{}"] > 0 and "flg_queue_depth{queue=gpu}" in found
+    assert not [name for name in found if name.startswith(("flg_redis_ok", "flg_redis_memory"))]
 
 
 def test_whoever_had_rq_exporter_finds_its_names(records, redis_server, call):
@@ -368,37 +496,3 @@ def test_without_redis_metrics_are_unavailable(redis_server, tmp_path):
     [answer] = asyncio.run(_answers(down, redis_server.url, tmp_path, [("GET", "/metrics", {})], Settings()))
     nowhere.close()
     assert (answer.status_code, answer.json()["error"]["code"]) == (503, "store_unavailable")
-
-
-# --- the files that read it ------------------------------------------------------------------------------------------
-
-
-def names_in(expressions: list[str]) -> set[str]:
-    found = {name for text in expressions for name in re.findall(r"\b(?:flg|rq)_\w+", text)}
-    return {re.sub(r"_(bucket|sum|count)$", "", name) for name in found}
-
-
-EXPOSED = {metric.exposed for metric in METRICS.values()}
-
-
-def test_the_alerts_ask_for_what_there_is():
-    groups = yaml.safe_load((ROOT / "deploy/prometheus/alerts.yml").read_text())["groups"]
-    rules = [rule for group in groups for rule in group["rules"]]
-    assert names_in([rule["expr"] for rule in rules]) - EXPOSED == set()
-    assert all(rule["annotations"]["summary"] and rule["labels"]["severity"] for rule in rules)
-    config = yaml.safe_load((ROOT / "deploy/prometheus/prometheus.yml").read_text())
-    assert config["rule_files"] == ["alerts.yml"]
-    if promtool := shutil.which("promtool"):
-        subprocess.run([promtool, "check", "rules", ROOT / "deploy/prometheus/alerts.yml"], check=True, timeout=20)
-
-
-def test_the_dashboard_asks_for_what_there_is():
-    panels = json.loads((ROOT / "deploy/grafana/fastlightgen.json").read_text())["panels"]
-    assert names_in([target["expr"] for panel in panels for target in panel["targets"]]) - EXPOSED == set()
-    assert len({panel["id"] for panel in panels}) == len(panels)
-
-
-def test_the_documentation_has_every_name():
-    text = (ROOT / "docs/observability.md").read_text()
-    assert {metric.exposed for metric in METRICS.values() if f"`{metric.exposed}`" not in text} == set()
-    assert names_in([text]) - EXPOSED == set()
