@@ -628,7 +628,7 @@ def memory(plan: Plan) -> Part:
 
 async def _lives(stack: Stack, number: int, marks: list[int]) -> tuple[dict[int, dict[str, float]], str]:
     """Let so many jobs be asked for, made and read; megabytes at each mark, and a job that was kept."""
-    waiting, polling = post(photo(), "Prefer: wait=60"), post(_small())
+    waiting, polling = post(photo(), "Prefer: wait=60"), post(small_picture())
     numbers, over, kept = iter(range(number)), 0, ""
     samples: dict[int, dict[str, float]] = {}
 
@@ -658,7 +658,8 @@ async def _lives(stack: Stack, number: int, marks: list[int]) -> tuple[dict[int,
     return samples, kept
 
 
-def _small() -> bytes:
+def small_picture() -> bytes:
+    """A PNG of a video's size."""
     buffer = io.BytesIO()
     Image.new("RGB", (VIDEO.width, VIDEO.height), "red").save(buffer, "PNG")
     return buffer.getvalue()

@@ -1,7 +1,7 @@
 """A worker whose model takes a stated time: `python -m benchmarks.timed_worker --seconds 0.05`.
 
 All of a worker but the model, which sleeps; for measuring what is around it. When its work on a job was over it writes
-to the Redis hash ``ENDS_KEY``: seed -> seconds since the epoch.
+to the Redis hash ``ENDS_KEY``: seed -> seconds since the epoch. A job whose seed is ``POISON`` kills the worker.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import logging
 import os
+import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -24,6 +25,7 @@ from worker import jobs, video
 from worker.contract import Heartbeat, ModelCard, Phase, Record, VideoSize, WorkerState
 from worker.flights import Flights
 from worker.gpu_worker import GpuWorker, Pulse
+from worker.pacemaker import Pacemaker
 from worker.queues import unique_name
 from worker.records import Records, connect, now, publish_models
 from worker.storage import Storage
@@ -33,6 +35,9 @@ VIDEO = VideoSize(width=64, height=64, num_frames=16, fps=8)
 """Near enough to the bundled model's."""
 STEPS = 4
 PIECES = 2
+POISON = 666
+HANG_S = 120
+"""A worker that is silent for so long is killed by its pacemaker."""
 CARD = ModelCard(
     name=MODEL,
     sha256="0" * 64,
@@ -66,6 +71,8 @@ class TimedPipeline:
         for step in range(1, STEPS + 1):
             time.sleep(0.8 * self._seconds / STEPS)
             on_progress(Phase.DENOISING, 0.8 * step / STEPS)
+            if seed == POISON:
+                os.kill(os.getpid(), signal.SIGKILL)
         on_progress(Phase.DECODING, 0.8)
         return SimpleNamespace(seed=seed, timings_s={Phase.DENOISING: 0.8 * self._seconds})
 
@@ -106,13 +113,36 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seconds", type=float, required=True, help="of each job")
     parser.add_argument("--no-mp4", action="store_true", help="start no ffmpeg; keep some bytes instead")
+    parser.add_argument("--name", help="a new one where none is given")
     options = parser.parse_args()
     if options.no_mp4:
         video.Mp4Writer = NoWriter
-    url, lease_s = os.environ["REDIS_URL"], int(os.environ["LEASE_S"])
-    redis, name = connect(url), unique_name("worker")
-    records, storage = Records(redis, Record), Storage(os.environ["STORAGE_URL"])
-    jobs.install(jobs.Runtime(name, jobs.Loaded(TimedPipeline(redis, options.seconds)), records, storage))
+    redis = connect(os.environ["REDIS_URL"])
+    serve(TimedPipeline(redis, options.seconds), redis, Storage(os.environ["STORAGE_URL"]), name=options.name)
+
+
+def serve(
+    pipeline: Any,
+    redis: Redis,
+    storage: Storage,
+    *,
+    name: str | None = None,
+    kind: type[GpuWorker] = GpuWorker,
+    **runtime: Any,
+) -> None:
+    """Be a worker with this pipeline until SIGTERM.
+
+    Args:
+        pipeline: stands where `VideoPipeline` stands.
+        redis: decodes responses.
+        storage: of the service.
+        name: a new one where none is given.
+        kind: of worker.
+        runtime: more fields of `jobs.Runtime`.
+    """
+    assert "torch" not in sys.modules  # what is measured is not its size, nor how long its import takes
+    url, lease_s, name = os.environ["REDIS_URL"], int(os.environ["LEASE_S"]), name or unique_name("worker")
+    jobs.install(jobs.Runtime(name, jobs.Loaded(pipeline), Records(redis, Record), storage, **runtime))
     publish_models(redis, [CARD])
     heartbeat = Heartbeat(
         name=name,
@@ -124,10 +154,10 @@ def main() -> None:
         started_at=now(),
         seen_at=now(),
     )
-    pulse = Pulse(redis, heartbeat, lease_s)
+    pulse = Pulse(redis, heartbeat, lease_s, Pacemaker(url, lease_s, HANG_S))
     pulse.start()
     try:
-        GpuWorker(connect(url, text=False), name, pulse, lease_s, Flights(overlap=True)).work(logging_level="WARNING")
+        kind(connect(url, text=False), name, pulse, lease_s, Flights(overlap=True)).work(logging_level="WARNING")
     finally:
         pulse.end()
 
