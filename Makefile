@@ -9,10 +9,10 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 TORCH := $(shell grep '^torch==' constraints.txt)
 
 .DEFAULT_GOAL := help
-.PHONY: help up down dev logs test test-all check fuzz bench chromium
+.PHONY: help up down dev logs backup restore test test-all check fuzz bench soak chromium image-check pin-images
 
 help: ## Show this
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' Makefile
 
 up: $(VENV)/.serving ## Start Redis, worker, trainer and service in the background; PORT=8123 make up changes the port
 	@$(BIN)/python deploy/stack.py up
@@ -25,6 +25,12 @@ dev: $(VENV)/.serving ## The same in this terminal; Ctrl-C stops it all
 
 logs: $(VENV)/.serving ## Follow the log of what `make up` started
 	@$(BIN)/python deploy/stack.py logs
+
+backup: $(VENV)/.serving ## Write all that the running stack knows and keeps into a folder: TO=/mnt/backup make backup
+	@TO="$(TO)" $(BIN)/python deploy/stack.py backup
+
+restore: $(VENV)/.serving ## Bring it back before a new stack is started: FROM=/mnt/backup make restore
+	@FROM="$(FROM)" $(BIN)/python deploy/stack.py restore
 
 test: $(VENV)/.testing chromium ## The tests that need no GPU and little time
 	$(BIN)/python -m pytest -m "not slow and not gpu" $(ARGS)
@@ -46,7 +52,17 @@ bench: $(VENV)/.testing up ## Time engines, the service under load, releases, re
 	$(BIN)/python -m benchmarks.service
 	$(BIN)/python -m benchmarks.release
 	$(BIN)/python -m benchmarks.gate
+	$(BIN)/python -m benchmarks.reliability --jobs 0
 	$(BIN)/python -m benchmarks.serving --url "$$($(BIN)/python deploy/stack.py url)" $(ARGS)
+
+soak: $(VENV)/.testing ## A thousand jobs while processes are killed; then everything is counted
+	$(BIN)/python -m benchmarks.soak $(ARGS)
+
+image-check: $(VENV)/.testing ## Build the images and run docker-compose.yml, without a registry: root, podman, 10 GB
+	$(BIN)/python deploy/image_check.py $(ARGS)
+
+pin-images: $(VENV)/.testing ## Write today's digests behind the images of others: needs docker buildx
+	$(BIN)/python deploy/pin_images.py
 
 # --- installation: a stamp in .venv for each set of packages, renewed when their versions change ----------------------
 

@@ -1,4 +1,5 @@
-"""`make up | down | dev | logs`: Redis, worker, trainer, courier and service on one machine, under supervisord.
+"""`make up | down | dev | logs | backup | restore`: Redis, worker, trainer, courier and service on one machine, under
+supervisord.
 
 No file says what is running: every process of a stack carries the stack's folder in its environment and is found by
 that. So nothing goes stale when something is killed, and two checkouts do not meet.
@@ -35,6 +36,7 @@ MARK = "STACK_VAR"
 """The environment variable that every process of a stack has: the stack's folder."""
 
 READY_S = 180
+REDIS_S = 60
 STOP_S = 170
 """A little more than the programs' stopwaitsecs together."""
 CRASHES = 5
@@ -182,6 +184,62 @@ def url(stack: Stack) -> None:
     print(running)
 
 
+def backup(stack: Stack) -> int:
+    """Write what the running stack knows and keeps into the folder TO (`service/backup.py`)."""
+    folder = _folder(stack, "TO")
+    for process in filter(_is_supervisor, stack.processes()):
+        with contextlib.suppress(psutil.Error):
+            return _run_service(process.environ(), "backup", folder)
+    raise StackError("nothing is running: `make up` starts the stack, and it is backed up while it runs")
+
+
+def restore(stack: Stack) -> int:
+    """Bring back what the folder FROM holds, before a stack is started that has nothing yet."""
+    folder = _folder(stack, "FROM")
+    with _alone(stack):
+        if running := stack.url():
+            raise StackError(f"a stack is running: {running}; stop it first with `make down`, and remove {stack.var}")
+        environment = _prepare(stack)
+        if not environment["STACK_REDIS"]:
+            return _run_service(environment, "restore", folder)
+        redis = subprocess.Popen(
+            [environment["STACK_REDIS"], "redis.conf"],
+            cwd=stack.var / "redis",
+            env=environment,
+            stdout=subprocess.DEVNULL,
+        )
+        try:
+            _wait_for_redis(environment["REDIS_URL"])
+            return _run_service(environment, "restore", folder)
+        finally:
+            redis.terminate()  # it writes down what it has not yet
+            redis.wait()
+
+
+def _folder(stack: Stack, name: str) -> str:
+    """A folder that the caller names, seen from where it is. Raises ``StackError``."""
+    if not stack.environment.get(name):
+        raise StackError(f"{name} is not set: name the folder of the back-up, {name}=/mnt/backup")
+    return str(Path(stack.environment[name]).absolute())
+
+
+def _run_service(environment: dict[str, str], *arguments: str) -> int:
+    """A command of `python -m service`."""
+    return subprocess.call([sys.executable, "-m", "service", *arguments], cwd=ROOT, env=environment)
+
+
+def _wait_for_redis(url: str) -> None:
+    deadline = time.monotonic() + REDIS_S
+    while True:
+        try:
+            _check_redis(url)
+            return
+        except StackError:
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(0.1)
+
+
 def stop(stack: Stack) -> bool:
     """End every process of the stack; False when there was none. The supervisor keeps the order; without one, we do."""
     found = stack.processes()
@@ -260,15 +318,19 @@ def _check_address(host: str, port: int) -> None:
 
 def _check_redis(url: str) -> None:
     """Raise ``StackError`` unless the Redis that the user named answers."""
-    from redis import Redis
     from redis.exceptions import RedisError
 
+    from worker.connection import connect, redacted
+
     try:
-        with Redis.from_url(url, socket_timeout=5, socket_connect_timeout=5) as client:
+        with connect(url, patience=0) as client:
             client.ping()
-    except (RedisError, ValueError) as error:
-        shown = re.sub(r"//[^@/]*@", "//***@", url)
-        raise StackError(f"REDIS_URL={shown} does not answer ({error}); unset it to let `make up` start one") from None
+    except ValueError as error:
+        raise StackError(f"REDIS_URL: {error}") from None
+    except RedisError as error:
+        raise StackError(
+            f"REDIS_URL={redacted(url)} does not answer ({error}); unset it to let `make up` start one"
+        ) from None
 
 
 def find_redis() -> str:
@@ -402,8 +464,8 @@ def _last_lines(path: Path, start: int) -> str:
 def main() -> int:
     """Exit code 1: something that the one line on stderr says how to put right."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("command", choices=["up", "down", "dev", "logs", "url", "rotate"])
-    commands = {"up": up, "down": down, "dev": dev, "logs": logs, "url": url, "rotate": rotate}
+    commands = {one.__name__: one for one in (up, down, dev, logs, url, rotate, backup, restore)}
+    parser.add_argument("command", choices=list(commands))
     try:
         stack = Stack.from_environment()
         return commands[parser.parse_args().command](stack) or 0

@@ -1,19 +1,23 @@
-"""`python -m service`: the HTTP front end on HOST and PORT; `python -m service keys ...`: who may use it."""
+"""`python -m service`: the HTTP front end on HOST and PORT. `... keys`: who may use it. `... backup`, `... restore`."""
 
 from __future__ import annotations
 
 import argparse
 import asyncio
 import logging
+import socket
 import sys
 from datetime import UTC, datetime
+from pathlib import Path
+from typing import cast
 
 import uvicorn
+from fastapi import FastAPI
 from redis.exceptions import RedisError
 
-from service import webhooks
+from service import backup, links, webhooks
 from service.app import create_app
-from service.auth import SCOPES, BadKey, Keys, new_key
+from service.auth import ADMIN_KEY, SCOPES, BadKey, Keys, new_key
 from service.settings import Settings, read
 from service.wire import HttpProtocol
 from worker import logs, tracing
@@ -23,6 +27,17 @@ from worker.storage import Storage, StorageError
 
 log = logging.getLogger("service")
 
+_MOST_HOURS = 24 * 365
+
+
+class Server(uvicorn.Server):
+    """One that is told to end closes its port, answers what it has, and lets nobody wait for a job any longer."""
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Called by uvicorn after SIGTERM."""
+        cast(FastAPI, self.config.app).state.context.hub.end()
+        await super().shutdown(sockets)
+
 
 def main() -> int:
     """Exit code 2: a setting or an argument is wrong."""
@@ -31,6 +46,10 @@ def main() -> int:
     try:
         if options.command == "keys":
             return _keys(options, settings)
+        if options.command in ("backup", "restore"):
+            redis, storage = connect(settings.redis_url, text=False, patience=2), Storage(settings.storage_url)
+            without_files = options.command == "backup" and options.without_files
+            return backup.run(options.command, redis, storage, options.folder, files=not without_files)
         return _serve(settings)
     except (BadKey, StorageError) as error:
         sys.stderr.write(f"error: {error}\n")
@@ -44,6 +63,12 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m service", description=__doc__)
     commands = parser.add_subparsers(dest="command")
     keys = commands.add_parser("keys", help="API keys").add_subparsers(dest="action", required=True)
+    saving = commands.add_parser("backup", help="write all records and files into a folder, while everything runs")
+    message = "the storage is backed up by its own means, after this"
+    saving.add_argument("--without-files", action="store_true", help=message)
+    bringing = commands.add_parser("restore", help="bring them back, into an empty Redis")
+    for one in (saving, bringing):
+        one.add_argument("folder", type=Path)
     keys.add_parser("new", help="print a key that is kept nowhere, for ADMIN_KEY")
     add = keys.add_parser("add", help="make a key and print it, this once")
     add.add_argument("name", help="whose it is, for whoever reads the list")
@@ -52,9 +77,25 @@ def _parser() -> argparse.ArgumentParser:
     add.add_argument("--per-minute", type=int, help="requests for a video (default: KEY_PER_MINUTE; 0: no limit)")
     keys.add_parser("list", help="all keys, without their secrets")
     keys.add_parser("revoke", help="forget a key").add_argument("id")
+    rotate = keys.add_parser("rotate", help="print another secret for a key, which keeps its id and its jobs")
+    rotate.add_argument("id")
     secret = keys.add_parser("webhook-secret", help="print what a key's webhooks are signed with")
     secret.add_argument("id", help=f"of the key; {LOCAL} for jobs that nobody's key asked for")
+    new_secret = keys.add_parser("rotate-webhook-secret", help="print a new one, and sign with both for a while")
+    new_secret.add_argument("id", help=f"of the key; {LOCAL} as above")
+    for one in (rotate, new_secret):
+        message = "how long what was there before works beside it; 0: not at all (default: %(default)s)"
+        one.add_argument("--hours", type=_hours, default=24, help=message)
+    new_links = keys.add_parser("rotate-link-secret", help="sign links to files with a new secret; old links work on")
+    new_links.add_argument("--now", action="store_true", help="old links stop working at once")
     return parser
+
+
+def _hours(text: str) -> float:
+    hours = float(text)
+    if not 0 <= hours <= _MOST_HOURS:
+        raise argparse.ArgumentTypeError(f"got {text}; wanted 0 to {_MOST_HOURS}")
+    return hours
 
 
 def _serve(settings: Settings) -> int:
@@ -63,7 +104,7 @@ def _serve(settings: Settings) -> int:
     tracing.configure("service")
     Storage(settings.storage_url).check()
     _make_first_key(settings)
-    uvicorn.run(
+    config = uvicorn.Config(
         create_app(settings),
         host=settings.host,
         port=settings.port,
@@ -73,7 +114,9 @@ def _serve(settings: Settings) -> int:
         server_header=False,
         http=HttpProtocol,
     )
-    return 0
+    server = Server(config)
+    server.run()
+    return 0 if server.started else 1
 
 
 def _make_first_key(settings: Settings) -> None:
@@ -84,7 +127,7 @@ def _make_first_key(settings: Settings) -> None:
     keys = Keys(redis)
     if settings.admin_key is not None:
         try:
-            keys.add(settings.admin_key.get_secret_value(), "ADMIN_KEY", SCOPES)
+            keys.add(settings.admin_key.get_secret_value(), ADMIN_KEY, SCOPES)
         except BadKey as error:
             raise BadKey(f"ADMIN_KEY: {error}") from None
     elif not keys.list() and redis.set("flg:keys:first", "1", nx=True, ex=60):
@@ -113,6 +156,12 @@ def _keys(options: argparse.Namespace, settings: Settings) -> int:
         for key in keys.list():
             made = datetime.fromtimestamp(key.created_at, UTC).strftime("%Y-%m-%d")
             sys.stdout.write(f"{key.id}  {made}  {','.join(key.scopes):<28}  {key.name}\n")
+    elif options.action == "rotate-link-secret":
+        # Links are signed up to the next full hour, and services look for a new secret every half a minute.
+        links.rotate(redis, 0 if options.now else int(3600 * (settings.link_hours + 2)))
+        sys.stdout.write("links are signed with a new secret\n")
+    elif options.action == "rotate-webhook-secret" and options.id == LOCAL:
+        sys.stdout.write(f"{webhooks.rotate_local_secret(redis, int(3600 * options.hours))}\n")
     elif options.action == "webhook-secret" and options.id == LOCAL:
         sys.stdout.write(f"{asyncio.run(_local_secret(settings))}\n")
     elif (found := keys.get(options.id)) is None:
@@ -121,6 +170,10 @@ def _keys(options: argparse.Namespace, settings: Settings) -> int:
     elif options.action == "revoke":
         keys.revoke(options.id)
         sys.stdout.write(f"revoked: {found.name}\n")
+    elif options.action == "rotate":
+        sys.stdout.write(f"{keys.rotate(found, 3600 * options.hours)}\n")
+    elif options.action == "rotate-webhook-secret":
+        sys.stdout.write(f"{keys.rotate_webhook_secret(found, 3600 * options.hours)}\n")
     else:
         sys.stdout.write(f"{found.webhook_secret}\n")
     return 0

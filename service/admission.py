@@ -27,13 +27,16 @@ _RETRY_S = 60
 _RETRY_AFTER_S = (1, 120)
 """Common clients give up when they are told to wait longer."""
 
-# KEYS: 1 slots, 2 their ms, 3 their total, 4 the owner's slots, 5 the owner's rate, 6 idempotency key or "", 7 same
-# request, 8 queued ids. ARGV: 1 id, 2 owner, 3 fingerprint, 4 now (s), 5 until when the place is reserved (s),
+# KEYS: 1 slots, 2 their ms, 3 their total, 4 the owner's slots, 5 the owner's rate, 6 same request, 7 queued ids,
+# 8 idempotency key, if any. ARGV: 1 id, 2 owner, 3 fingerprint, 4 now (s), 5 until when the place is reserved (s),
 # 6 expected ms, 7 most jobs of the owner, 8 most requests a minute, 9 most queued, 10 most ms to wait, 11 workers,
 # 12 seconds to keep the idempotency key, 13 seconds to know a retry, 14 "1" for a retry.
 _ADMIT = (
     FREE
     + """
+if redis.call('ZSCORE', KEYS[1], ARGV[1]) then -- the connection broke before we heard, and the client sent it again
+    return {'new', tostring((redis.call('GET', KEYS[3]) - ARGV[6]) / ARGV[11] / 1000)}
+end
 local now = tonumber(ARGV[4])
 for _, id in ipairs(redis.call('ZRANGEBYSCORE', KEYS[1], '-inf', now)) do free(id, ARGV[2]) end
 redis.call('ZREMRANGEBYSCORE', KEYS[4], '-inf', now)
@@ -41,11 +44,11 @@ redis.call('ZREMRANGEBYSCORE', KEYS[4], '-inf', now)
 local function under_way(id)
     return redis.call('EXISTS', 'flg:job:' .. id) == 1 or redis.call('ZSCORE', KEYS[1], id)
 end
-if KEYS[6] ~= '' then
-    local before, id = unpack(redis.call('HMGET', KEYS[6], 'fingerprint', 'id'))
+if KEYS[8] then
+    local before, id = unpack(redis.call('HMGET', KEYS[8], 'fingerprint', 'id'))
     if id and under_way(id) then return {before == ARGV[3] and 'again' or 'conflict', id} end
 elseif ARGV[14] == '1' then
-    local id = redis.call('GET', KEYS[7])
+    local id = redis.call('GET', KEYS[6])
     if id and under_way(id) then return {'again', id} end
 end
 
@@ -57,7 +60,7 @@ end
 local most = tonumber(ARGV[7])
 if most > 0 and redis.call('ZCARD', KEYS[4]) >= most then return {'jobs', tostring(most)} end
 local reserved = redis.call('ZCOUNT', KEYS[1], '-inf', '(+inf')
-if redis.call('SCARD', KEYS[8]) + reserved >= tonumber(ARGV[9]) then return {'full', ARGV[9]} end
+if redis.call('SCARD', KEYS[7]) + reserved >= tonumber(ARGV[9]) then return {'full', ARGV[9]} end
 local ms = tonumber(redis.call('GET', KEYS[3]) or 0) / tonumber(ARGV[11])
 if ms > tonumber(ARGV[10]) then return {'wait', tostring(ms / 1000)} end
 
@@ -66,22 +69,22 @@ redis.call('ZADD', KEYS[1], ARGV[5], ARGV[1])
 redis.call('ZADD', KEYS[4], ARGV[5], ARGV[1])
 redis.call('HSET', KEYS[2], ARGV[1], ARGV[6])
 redis.call('INCRBY', KEYS[3], ARGV[6])
-redis.call('SET', KEYS[7], ARGV[1], 'EX', ARGV[13])
-if KEYS[6] ~= '' then
-    redis.call('HSET', KEYS[6], 'fingerprint', ARGV[3], 'id', ARGV[1])
-    redis.call('EXPIRE', KEYS[6], ARGV[12])
+redis.call('SET', KEYS[6], ARGV[1], 'EX', ARGV[13])
+if KEYS[8] then
+    redis.call('HSET', KEYS[8], 'fingerprint', ARGV[3], 'id', ARGV[1])
+    redis.call('EXPIRE', KEYS[8], ARGV[12])
 end
 return {'new', tostring(ms / 1000)}
 """
 )
 
-# KEYS: idempotency key or "", same request. ARGV: id, owner.
+# KEYS: same request, idempotency key, if any. ARGV: id, owner.
 _RELEASE = (
     FREE
     + """
 free(ARGV[1], ARGV[2])
-if KEYS[1] ~= '' and redis.call('HGET', KEYS[1], 'id') == ARGV[1] then redis.call('DEL', KEYS[1]) end
-if redis.call('GET', KEYS[2]) == ARGV[1] then redis.call('DEL', KEYS[2]) end
+if redis.call('GET', KEYS[1]) == ARGV[1] then redis.call('DEL', KEYS[1]) end
+if KEYS[2] and redis.call('HGET', KEYS[2], 'id') == ARGV[1] then redis.call('DEL', KEYS[2]) end
 """
 )
 
@@ -140,14 +143,16 @@ class Admission:
         """
         owner, terms, moment = request.principal.id, request.terms, now()
         max_wait_s = min(self._max_wait_s, terms.start_within_s, max(0.0, terms.finish_within_s - request.expected_s))
+        same, *idempotency = _request_keys(request)
         keys = [
             SLOTS_KEY,
             SLOTS_MS_KEY,
             SLOTS_TOTAL_KEY,
             active_key(owner),
             f"flg:rate:{owner}",
-            *_request_keys(request),
+            same,
             Record.queued_key,
+            *idempotency,
         ]
         args: list[str | int | float] = [
             request.id,
@@ -210,10 +215,11 @@ class Admission:
 
 
 def _request_keys(request: Request) -> list[str]:
+    """The request itself, then its Idempotency-Key, if it has one: no user of Redis may name a key ""."""
     owner, key = request.principal.id, request.terms.idempotency_key
+    same = f"flg:same:{owner}:{request.fingerprint}"
     # A hash: what the client sent may be of any length, and hold a colon.
-    hashed = key and hashlib.sha256(key.encode()).hexdigest()
-    return [f"flg:idempotent:{owner}:{hashed}" if hashed else "", f"flg:same:{owner}:{request.fingerprint}"]
+    return [same, f"flg:idempotent:{owner}:{hashlib.sha256(key.encode()).hexdigest()}"] if key else [same]
 
 
 def _retry_after(seconds: float) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 
 from fastapi import FastAPI
@@ -37,6 +37,7 @@ from service.routes import (
 )
 from service.settings import Settings
 from worker import tracing
+from worker.connection import warn_if_it_loses
 from worker.metrics import Metrics
 from worker.records import connect, connect_async
 from worker.storage import Storage
@@ -60,7 +61,8 @@ def create_app(settings: Settings) -> FastAPI:
         distillations = DistillationStore(redis, queue_redis, storage)
         reader = Reader(async_redis, store.lookout)
         hub = Hub(async_redis, reader)
-        secret = await run_in_threadpool(links.link_secret, redis)
+        await run_in_threadpool(warn_if_it_loses, redis)
+        link_secrets = await run_in_threadpool(links.Secrets, redis)
         outside = guarded_client(settings.private_hosts, https_only=False, timeout_s=_OUTSIDE_S)
         app.state.context = Context(
             settings=settings,
@@ -72,12 +74,16 @@ def create_app(settings: Settings) -> FastAPI:
             authenticator=Authenticator(settings, async_redis),
             reader=reader,
             hub=hub,
-            link_secret=secret,
-            sign=links.signer(secret, settings),
+            link_secrets=link_secrets,
+            sign=links.signer(link_secrets, settings),
             outside=outside,
         )
-        tasks = [asyncio.create_task(_keep_up(store, distillations)), asyncio.create_task(hub.run())]
+        tasks = [
+            asyncio.create_task(_keep_up(store.upkeep, distillations.upkeep, link_secrets.refresh)),
+            asyncio.create_task(hub.run()),
+        ]
         tasks.append(asyncio.create_task(metrics.keep_flushing(app.state.metrics, redis)))
+        tasks.append(asyncio.create_task(metrics.keep_timing(app.state.metrics)))
         try:
             yield
         finally:
@@ -123,12 +129,12 @@ def create_app(settings: Settings) -> FastAPI:
     return app
 
 
-async def _keep_up(*stores: JobStore | DistillationStore) -> None:
+async def _keep_up(*upkeep: Callable[[], None]) -> None:
     """Put right what crashes left, at start and now and then; whatever goes wrong here must not end it."""
     while True:
-        for store in stores:
+        for work in upkeep:
             try:
-                await run_in_threadpool(store.upkeep)
+                await run_in_threadpool(work)
             except RedisError as error:
                 log.warning("upkeep put off: %s", error)
             except Exception:

@@ -25,6 +25,8 @@ from service.settings import Settings
 from worker.contract import KEYS_KEY, LOCAL, api_key_key
 from worker.records import now
 
+ADMIN_KEY = "ADMIN_KEY"
+"""Name of the key that the setting gives."""
 SCOPES = ("generate", "read", "admin", "metrics")
 """generate: ask for videos, cancel, delete. read: look at one's own. admin: students, workers. metrics: `/metrics`."""
 
@@ -60,6 +62,27 @@ class Key:
     max_jobs: int | None = None
     """None: as the settings say."""
     per_minute: int | None = None
+    sha256_before: str | None = None
+    """Of the secret before, which works until ``sha256_before_until``."""
+    sha256_before_until: float = 0.0
+    webhook_secret_before: str | None = None
+    """Signs as well until ``webhook_secret_before_until``."""
+    webhook_secret_before_until: float = 0.0
+
+    def is_text(self, text: str, moment: float) -> bool:
+        """Whether somebody who sends this has the key."""
+        hashes = [self.sha256]
+        if self.sha256_before is not None and moment < self.sha256_before_until:
+            hashes.append(self.sha256_before)
+        sent = _sha256(text).encode()
+        # Bytes: a text that is not ASCII cannot be compared in constant time.
+        return any(hmac.compare_digest(sent, known.encode()) for known in hashes)
+
+    def webhook_secrets(self, moment: float) -> list[str]:
+        """What messages about its jobs are signed with, the present one first."""
+        if self.webhook_secret_before is not None and moment < self.webhook_secret_before_until:
+            return [self.webhook_secret, self.webhook_secret_before]
+        return [self.webhook_secret]
 
     def to_hash(self) -> dict[str, str]:
         """Fields for HSET."""
@@ -71,6 +94,10 @@ class Key:
             "webhook_secret": self.webhook_secret,
             "max_jobs": self.max_jobs,
             "per_minute": self.per_minute,
+            "sha256_before": self.sha256_before,
+            "sha256_before_until": self.sha256_before_until or None,
+            "webhook_secret_before": self.webhook_secret_before,
+            "webhook_secret_before_until": self.webhook_secret_before_until or None,
         }
         return {name: str(value) for name, value in values.items() if value is not None}
 
@@ -86,6 +113,10 @@ class Key:
             webhook_secret=values["webhook_secret"],
             max_jobs=int(values["max_jobs"]) if "max_jobs" in values else None,
             per_minute=int(values["per_minute"]) if "per_minute" in values else None,
+            sha256_before=values.get("sha256_before"),
+            sha256_before_until=float(values.get("sha256_before_until", 0)),
+            webhook_secret_before=values.get("webhook_secret_before"),
+            webhook_secret_before_until=float(values.get("webhook_secret_before_until", 0)),
         )
 
 
@@ -95,7 +126,10 @@ class BadKey(ValueError):
 
 def new_key() -> str:
     """The text of a key that nobody has."""
-    key_id = "".join(secrets.choice(ALPHABET) for _ in range(8))
+    return _text("".join(secrets.choice(ALPHABET) for _ in range(8)))
+
+
+def _text(key_id: str) -> str:
     return f"fl_{key_id}_{secrets.token_urlsafe(32)}"
 
 
@@ -143,6 +177,28 @@ class Keys:
             pipeline.sadd(KEYS_KEY, key_id)
             pipeline.execute()
         return key
+
+    def rotate(self, key: Key, keep_s: float) -> str:
+        """Give a key another secret; the present one works for ``keep_s`` more. Returns the new text.
+
+        Its id stays, and with it the jobs that it owns.
+
+        Raises:
+            BadKey: it is the one of ADMIN_KEY, whose text services would put back when they start.
+        """
+        if key.name == ADMIN_KEY:
+            raise BadKey(f"key {key.id} is ADMIN_KEY: start the services with another one, then revoke this")
+        text = _text(key.id)
+        news: dict[Any, Any] = {"sha256": _sha256(text), "sha256_before": key.sha256}
+        self._redis.hset(api_key_key(key.id), mapping={**news, "sha256_before_until": now() + keep_s})
+        return text
+
+    def rotate_webhook_secret(self, key: Key, keep_s: float) -> str:
+        """Sign its webhooks with a new secret, which is returned; and for ``keep_s`` with the one before as well."""
+        secret = new_webhook_secret()
+        news: dict[Any, Any] = {"webhook_secret": secret, "webhook_secret_before": key.webhook_secret}
+        self._redis.hset(api_key_key(key.id), mapping={**news, "webhook_secret_before_until": now() + keep_s})
+        return secret
 
     def get(self, key_id: str) -> Key | None:
         """One of them."""
@@ -192,8 +248,7 @@ class Authenticator:
         if not found:
             raise _wrong_key()
         key = await self._key(found[1])
-        # Bytes: a text that is not ASCII cannot be compared in constant time.
-        if key is None or not hmac.compare_digest(_sha256(found[0]).encode(), key.sha256.encode()):
+        if key is None or not key.is_text(found[0], now()):
             raise _wrong_key()
         return Principal(
             id=key.id,

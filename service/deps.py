@@ -19,6 +19,7 @@ from service.distillations import DistillationStore
 from service.errors import ApiError
 from service.events import Hub
 from service.jobs import JobStore
+from service.links import Secrets
 from service.reading import Reader
 from service.schema import Sign
 from service.settings import Settings
@@ -38,8 +39,7 @@ class Context:
     authenticator: Authenticator
     reader: Reader
     hub: Hub
-    link_secret: bytes
-    """What links to files are signed with."""
+    link_secrets: Secrets
     sign: Sign
     outside: httpx.AsyncClient
     """For what clients name: reaches public addresses only."""

@@ -12,6 +12,8 @@ from fastapi.responses import JSONResponse
 from redis.exceptions import RedisError
 from starlette.exceptions import HTTPException
 
+from worker.connection import is_full
+
 _TYPES = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 429: "rate_limit_error"}
 
 _MAX_MESSAGE = 2000
@@ -99,5 +101,8 @@ def install(app: FastAPI) -> None:
     @app.exception_handler(RedisError)
     async def _redis(_request: Request, error: RedisError) -> JSONResponse:
         log.error("Redis: %s", error)
+        if is_full(error):
+            message = "the job store is full, so nothing new can be taken; an administrator has to give it more memory"
+            return JSONResponse(body(507, "store_full", message), 507, {"Retry-After": "120"})
         message = "the job store cannot be reached; nothing was changed that you were not told of. Try again shortly"
         return JSONResponse(body(503, "store_unavailable", message), 503, {"Retry-After": "2"})

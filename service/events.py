@@ -36,6 +36,7 @@ _PING_S = 30.0
 """A connection that has gone without a word is found out by then."""
 _PING_CLIENT_S = 15
 _SEND_S = 30
+_END_S = 3.0
 _RECONNECT_MS = 2000
 _MOST = 64
 """Changes that are read at a time."""
@@ -80,6 +81,15 @@ class Hub:
         self._watches: dict[str, set[Watch]] = {}
         self._queue_has_moved = False
         """Since places in it were told."""
+        self.is_ending = False
+        """This process is about to: nobody is to wait for anything more."""
+
+    def end(self) -> None:
+        """Have whoever waits for a job be told how it is now."""
+        self.is_ending = True
+        for watches in self._watches.values():
+            for watch in watches:
+                watch.ring()
 
     @contextmanager
     def watching(self, job_id: str) -> Iterator[Watch]:
@@ -159,7 +169,7 @@ async def follow(
             cancel.
 
     While it waits it also comes again as its place in the queue changes, and now and then as it is. The iterator ends
-    after a terminal state, or when the record is deleted.
+    after a terminal state, when the record is deleted, or when this process is about to end.
     """
     with hub.watching(job_id) as watch:
         cursor = last_id
@@ -177,7 +187,7 @@ async def follow(
                 return
         else:
             watch.ring()
-        while (left := until - time.monotonic()) > 0:
+        while (left := until - time.monotonic()) > 0 and not hub.is_ending:
             if moved := await watch.wait(min(left, _LOOK_S)):
                 yield cursor, moved
                 continue
@@ -226,7 +236,7 @@ async def states(
     Changes that come close together are one. With ``last_id`` it begins with what has changed since.
     """
     with hub.watching(job_id) as watch:
-        while True:
+        while not hub.is_ending:
             # The stream's end first, then the record: a change in between comes twice rather than never.
             cursor = await _newest(redis, job_id)
             values = cast(dict[str, str], await redis.hgetall(record_key(job_id)))
@@ -261,7 +271,10 @@ def sent(stream: AsyncIterator[ServerSentEvent]) -> EventSourceResponse:
             yield event
 
     headers = {"X-Accel-Buffering": "no"}
-    return EventSourceResponse(whole(), ping=_PING_CLIENT_S, send_timeout=_SEND_S, headers=headers)
+    # When the service ends, the stream does by itself (`Hub.end`), and is not cut off in the middle of it.
+    return EventSourceResponse(
+        whole(), ping=_PING_CLIENT_S, send_timeout=_SEND_S, headers=headers, shutdown_grace_period=_END_S
+    )
 
 
 def _after(record: Record, entry: dict[str, str]) -> Record:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import cast
 
 from redis import Redis
+from redis.exceptions import ConnectionError, RedisError
 from starlette.concurrency import run_in_threadpool
 
 from worker.contract import (
@@ -112,14 +113,23 @@ class Lookout:
         self._redis = redis
         self._looking = threading.Lock()
         self._seen: tuple[float, Fleet] | None = None
+        self._failed: tuple[float, str] | None = None
 
     def fleet(self) -> Fleet:
         """What is there now, or was a second ago. Raises ``RedisError``."""
         if fleet := self._fresh():
             return fleet
         with self._looking:  # one looks, the others take what it has seen
-            fleet = self._fresh()
-            return self._look() if fleet is None else fleet
+            if fleet := self._fresh():
+                return fleet
+            if self._failed and time.monotonic() < self._failed[0] + _FRESH_S:
+                # Or each would wait for as long as it takes, one after the other, and hold up a thread.
+                raise ConnectionError(self._failed[1])
+            try:
+                return self._look()
+            except RedisError as error:
+                self._failed = (time.monotonic(), str(error))
+                raise
 
     async def fleet_async(self) -> Fleet:
         """The same, without holding the event loop up."""

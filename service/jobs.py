@@ -65,6 +65,11 @@ class Reserved:
     request: admission.Request = field(repr=False)
 
 
+def _is_of_use(record: Record, folder: str, name: str) -> bool:
+    """Whether a file of a job that is over is more than a half that a worker died over, or part of no video."""
+    return not name.endswith(".tmp") and (folder == "inputs" or record.status is Status.SUCCEEDED)
+
+
 def _deadline(moment: float, within_s: float) -> float | None:
     return moment + within_s if math.isfinite(within_s) else None
 
@@ -227,9 +232,9 @@ class JobStore(Store[Record]):
 
     def sweep(self) -> int:
         """Remove the files of what has expired; its record still answers for a while. Returns how many."""
-        swept = 0
+        swept, present = 0, self.records.moment()
         over = (Status.SUCCEEDED, Status.FAILED, Status.CANCELLED)
-        oldest_kept = now() - 3600 * self._settings.retention_hours
+        oldest_kept = present - 3600 * self._settings.retention_hours
         begin = cast(str | None, self._redis.get(_SWEPT_KEY)) or "-inf"
         found = cast(
             list[tuple[str, float]],
@@ -238,7 +243,7 @@ class JobStore(Store[Record]):
         is_whole = True
         for job_id, moment in found:
             record = self.records.get(job_id)
-            if record is not None and record.status in over and record.expires_at <= now():
+            if record is not None and record.status in over and record.expires_at <= present:
                 self._remove_files(job_id)  # first: whoever dies in between is followed by one who does it again
                 try:
                     self.records.change(record, over, status=Status.EXPIRED)
@@ -252,15 +257,15 @@ class JobStore(Store[Record]):
         return swept
 
     def sweep_orphans(self) -> int:
-        """Remove files that no job owns, and halves that nobody writes any more. Returns how many."""
-        swept = 0
+        """Remove files that no job owns, and what attempts that died have left of a video. Returns how many."""
+        swept, moment = 0, self.records.moment()
         for folder in ("inputs", "videos"):
             for name in self._storage.names(folder):
                 found = re.search(r"vid_[0-9a-z]{26}", name)
-                if found is None or now() - created_at(found[0]) < _ORPHAN_S:
+                if found is None or moment - created_at(found[0]) < _ORPHAN_S:
                     continue
                 record = self.records.get(found[0])
-                if record is None or (name.endswith(".tmp") and record.status.is_terminal):
+                if record is None or (record.status.is_terminal and not _is_of_use(record, folder, name)):
                     self._storage.delete(f"{folder}/{name}")
                     swept += 1
         return swept

@@ -12,6 +12,7 @@ import hmac
 import math
 import re
 import secrets
+import time
 from collections.abc import Mapping
 from typing import cast
 
@@ -19,10 +20,11 @@ from redis import Redis
 
 from service.schema import Sign
 from service.settings import Settings
-from worker.contract import LINK_SECRET_KEY, LOCAL, Record
+from worker.contract import LINK_SECRET_BEFORE_KEY, LINK_SECRET_KEY, LOCAL, Record
 from worker.records import now
 
 _HOUR_S = 3600
+_LOOK_S = 1.0
 _EXPIRES = re.compile(r"[0-9]{1,12}")
 _KEY_ID = re.compile(r"[0-9A-Za-z_-]{1,64}")
 _SECRET = re.compile(r"[0-9a-f]{64}")
@@ -86,7 +88,58 @@ def link_secret(redis: Redis) -> bytes:
     return bytes.fromhex(found)
 
 
-def signer(secret: bytes, settings: Settings) -> Sign:
+def rotate(redis: Redis, keep_s: int) -> None:
+    """Have links signed with a new secret; those of the one before work for ``keep_s`` more, others no longer."""
+    before = link_secret(redis)
+    with redis.pipeline() as pipeline:
+        pipeline.delete(LINK_SECRET_BEFORE_KEY)
+        if keep_s:
+            pipeline.set(LINK_SECRET_BEFORE_KEY, before.hex(), ex=keep_s)
+        pipeline.set(LINK_SECRET_KEY, secrets.token_hex(32))
+        pipeline.execute()
+
+
+class Secrets:
+    """What links are signed with now, and were before: both open files.
+
+    They may be changed while we run (`rotate`), so they are looked up again by `refresh`, and when a link comes that
+    was signed with none of them: another service may have known sooner.
+    """
+
+    def __init__(self, redis: Redis) -> None:
+        """``redis`` decodes responses. Raises ``ValueError``: what it holds is no secret."""
+        self._redis = redis
+        self.refresh()
+
+    def refresh(self) -> None:
+        """Look them up. Raises ``RedisError``, ``ValueError``."""
+        current, before = link_secret(self._redis), cast(str | None, self._redis.get(LINK_SECRET_BEFORE_KEY))
+        self._known = (current, bytes.fromhex(before)) if before else (current,)
+        self._looked_at = time.monotonic()
+
+    @property
+    def current(self) -> bytes:
+        """For `sign`."""
+        return self._known[0]
+
+    def verify(self, path: str, query: Mapping[str, str], now: float, expires_at: float) -> bool:
+        """As the function does."""
+        return any(verify(secret, path, query, now, expires_at) for secret in self._which(path, query))
+
+    def is_genuine(self, path: str, query: Mapping[str, str]) -> bool:
+        """Likewise."""
+        return bool(self._which(path, query))
+
+    def _which(self, path: str, query: Mapping[str, str]) -> list[bytes]:
+        """The secret that this was signed with, if it was."""
+        found = [secret for secret in self._known if is_genuine(secret, path, query)]
+        if not found and "sig" in query and time.monotonic() > self._looked_at + _LOOK_S:
+            self.refresh()
+            found = [secret for secret in self._known if is_genuine(secret, path, query)]
+        return found
+
+
+def signer(known: Secrets, settings: Settings) -> Sign:
     """Signs links to files, so that they work without a key: for LINK_HOURS, or until the file is removed."""
 
     def query(path: str, record: Record) -> str:
@@ -94,6 +147,6 @@ def signer(secret: bytes, settings: Settings) -> Sign:
             return ""
         # The same link for an hour, so that a browser finds in its cache what it has had.
         until = _HOUR_S * math.ceil(now() / _HOUR_S + settings.link_hours)
-        return sign(secret, path, min(until, math.floor(record.expires_at)), record.owner)
+        return sign(known.current, path, min(until, math.floor(record.expires_at)), record.owner)
 
     return query

@@ -11,6 +11,8 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, HttpUrl, SecretStr, ValidationError, field_validator, model_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
+from worker.connection import parse, redacted
+
 Hosts = Annotated[frozenset[str], NoDecode]
 """Between commas: ``host`` or ``host:port``."""
 
@@ -61,6 +63,12 @@ class Settings(BaseSettings):
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
     log_format: Literal["text", "json"] = "text"
 
+    @field_validator("redis_url")
+    @classmethod
+    def _is_an_address(cls, value: str) -> str:
+        parse(value)
+        return value
+
     @field_validator("public_url", "admin_key", mode="before")
     @classmethod
     def _empty_is_unset(cls, value: object) -> object:
@@ -105,6 +113,7 @@ def read() -> Settings:
     except ValidationError as error:
         for problem in error.errors():
             name = ".".join(str(part) for part in problem["loc"]).upper()
-            got = "" if name in ("ADMIN_KEY", "") else f"={problem['input']}"  # a secret, or all settings together
+            is_secret = name in ("ADMIN_KEY", "")  # or all settings together
+            got = "" if is_secret else f"={redacted(str(problem['input']))}"
             sys.stderr.write(f"error: {name}{got}: {problem['msg']}\n")
         raise SystemExit(2) from None

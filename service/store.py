@@ -14,7 +14,8 @@ from rq.job import Job, JobStatus
 from rq.serializers import JSONSerializer
 
 from service.errors import ApiError
-from worker.contract import MAX_ATTEMPTS, Status, record_key
+from worker.connection import confirm
+from worker.contract import MAX_ATTEMPTS, MAX_DEATHS, Status, record_key
 from worker.records import Records, RecordT, Refused, now
 
 log = logging.getLogger(__name__)
@@ -51,6 +52,7 @@ class Store(Generic[RecordT]):
             failure_ttl=_KEEP_RQ_S,
             description=job_id,
         )
+        confirm(self._redis, record_key(job_id))
 
     def _forget(self, job_id: str) -> None:
         """Take back a half-made job. If Redis does not let us, it stays whole: `reconcile` then sees to it."""
@@ -171,6 +173,9 @@ class Store(Generic[RecordT]):
         # job before rq's.
         if now() - (record.started_at or record.created_at) < _GRACE_S:
             return False
+        # Of two attempts, the one that gave way has told the queue that the job is done; the other is at work still.
+        if record.id in self._queue.started_job_registry:
+            return False
         try:
             job = Job.fetch(record.id, connection=self._queue.connection, serializer=JSONSerializer)
         except NoSuchJobError:
@@ -183,11 +188,12 @@ class Store(Generic[RecordT]):
         try:
             if record.status is Status.CANCELLING:
                 self.records.change(record, (Status.CANCELLING,), status=Status.CANCELLED, finished_at=now())
-            elif record.attempt >= MAX_ATTEMPTS:
-                why = {"error_code": "worker_crashed", "error_message": f"every attempt at this {record.noun} was lost"}
-                self.records.change(record, alive, fence=True, status=Status.FAILED, finished_at=now(), **why)
+            elif record.attempt >= MAX_ATTEMPTS or record.deaths >= MAX_DEATHS:
+                code, message = record.given_up()
+                failed = {"status": Status.FAILED, "error_code": code, "error_message": message}
+                self.records.change(record, alive, fence=True, finished_at=now(), **failed)
             else:
-                self.records.change(record, alive, fence=True, status=Status.QUEUED, **record.anew)
+                self.records.change(record, alive, fence=True, cause="reconciled", status=Status.QUEUED, **record.anew)
                 self._enqueue(record.id)
         except Refused:
             return  # it has moved on by itself

@@ -23,14 +23,15 @@ from email.utils import parsedate_to_datetime
 from typing import Any, cast
 
 import httpx
+from redis import Redis
 from redis.asyncio import Redis as AsyncRedis
 from redis.exceptions import RedisError
 from standardwebhooks import Webhook
 
-from service.auth import new_webhook_secret
+from service.auth import Key, new_webhook_secret
 from service.errors import ApiError
 from service.guard import Blocked, check_url, guarded_client
-from service.links import link_secret, signer
+from service.links import Secrets, signer
 from service.schema import DeadWebhook, WebhookState, generation
 from service.settings import Settings, read
 from worker import logs
@@ -38,6 +39,7 @@ from worker.contract import (
     COURIER_KEY,
     LOCAL,
     METRICS_KEY,
+    WEBHOOK_SECRET_BEFORE_KEY,
     WEBHOOK_SECRET_KEY,
     WEBHOOKS_DEAD_KEY,
     WEBHOOKS_DUE_KEY,
@@ -61,6 +63,7 @@ PER_HOST = 2
 MAX_URL = 2000
 _MAX_RETRY_AFTER_S = 3600
 _ALIVE_S = 30
+_REFRESH_S = 30
 _PAUSE_S = 1
 """After Redis has failed for longer than its client tries again."""
 
@@ -114,13 +117,13 @@ if ARGV[3] == 'dead' then
 end
 """
 
-# KEYS: due, dead, delivery, record. ARGV: id, now.
+# KEYS: due, dead, delivery, record. ARGV: id.
 _REPLAY = """
 local url, finished = unpack(redis.call('HMGET', KEYS[4], 'webhook_url', 'finished_at'))
 if not (url and finished) then return 0 end
 redis.call('DEL', KEYS[3])
 redis.call('ZREM', KEYS[2], ARGV[1])
-redis.call('ZADD', KEYS[1], ARGV[2], ARGV[1])
+redis.call('ZADD', KEYS[1], redis.call('TIME')[1], ARGV[1])
 return 1
 """
 
@@ -173,13 +176,25 @@ async def replay(redis: AsyncRedis, job_id: str) -> bool:
     False: there is no such job, it is not over, or it has no webhook.
     """
     keys = [WEBHOOKS_DUE_KEY, WEBHOOKS_DEAD_KEY, webhook_key(job_id), record_key(job_id)]
-    return bool(await redis.register_script(_REPLAY)(keys=keys, args=[job_id, now()]))
+    return bool(await redis.register_script(_REPLAY)(keys=keys, args=[job_id]))
 
 
 async def local_secret(redis: AsyncRedis) -> str:
     """What webhooks are signed with whose job belongs to no key. Made by whoever needs it first."""
     await redis.set(WEBHOOK_SECRET_KEY, new_webhook_secret(), nx=True)
     return cast(str, await redis.get(WEBHOOK_SECRET_KEY))
+
+
+def rotate_local_secret(redis: Redis, keep_s: int) -> str:
+    """Sign them with a new secret, which is returned; and for ``keep_s`` with the one before as well."""
+    before, secret = cast(str | None, redis.get(WEBHOOK_SECRET_KEY)), new_webhook_secret()
+    with redis.pipeline() as pipeline:
+        pipeline.delete(WEBHOOK_SECRET_BEFORE_KEY)
+        if keep_s and before:
+            pipeline.set(WEBHOOK_SECRET_BEFORE_KEY, before, ex=keep_s)
+        pipeline.set(WEBHOOK_SECRET_KEY, secret)
+        pipeline.execute()
+    return secret
 
 
 def _tries(values: dict[str, str]) -> dict[str, str | None]:
@@ -271,12 +286,17 @@ class Courier:
             for task in unfinished:  # Redis is gone; another courier sends it again
                 task.cancel()
 
+    async def _moment(self) -> float:
+        """Now, by Redis's clock: what is due was said by another machine, whose clock may differ."""
+        seconds, microseconds = await self._redis.time()
+        return round(seconds + microseconds / 1e6, 3)
+
     async def _send_what_is_due(self) -> bool:
         """Whether more may be due than was looked at."""
         free = AT_ONCE - self._busy.total()
         if free <= 0:
             return False
-        moment = now()
+        moment = await self._moment()
         lease_end = moment + self._lease_s
         if moment > self._seen_at + _ALIVE_S / 3:
             await self._redis.set(COURIER_KEY, "1", ex=_ALIVE_S)
@@ -314,7 +334,7 @@ class Courier:
 
     async def _deliver(self, record: Record) -> Outcome:
         content = self._message(record)
-        headers = self._headers(record.id, content, await self._secret(record.owner))
+        headers = self._headers(record.id, content, await self._secrets(record.owner))
         assert record.webhook_url is not None
         try:
             async with asyncio.timeout(self._timeout_s):
@@ -334,7 +354,7 @@ class Courier:
         return Outcome(status, f"answered {status}{hint}", _retry_after_s(response.headers.get("Retry-After", "")))
 
     async def _write_down(self, job_id: str, outcome: Outcome, lease_end: float) -> None:
-        moment = now()
+        moment = await self._moment()
         attempts = int(cast(str | None, await self._redis.hget(webhook_key(job_id), "attempts")) or 0) + 1
         fields: dict[str, Any] = {
             "attempts": attempts,
@@ -365,21 +385,24 @@ class Courier:
         }
         return json.dumps(message, ensure_ascii=False, separators=(",", ":"))
 
-    def _headers(self, job_id: str, content: str, secret: str) -> dict[str, str]:
+    def _headers(self, job_id: str, content: str, secrets: list[str]) -> dict[str, str]:
         message_id = f"msg_{job_id.removeprefix('vid_')}"
         moment = datetime.now(UTC)
+        # One for each secret: a receiver is content with any that it can check.
+        signatures = [Webhook(secret).sign(message_id, moment, content) for secret in secrets]
         return {
             "Content-Type": "application/json",
             "webhook-id": message_id,
             "webhook-timestamp": str(int(moment.timestamp())),
-            "webhook-signature": Webhook(secret).sign(message_id, moment, content),
+            "webhook-signature": " ".join(signatures),
         }
 
-    async def _secret(self, owner: str) -> str:
-        found = None
-        if owner != LOCAL:
-            found = cast(str | None, await self._redis.hget(api_key_key(owner), "webhook_secret"))
-        return found or await local_secret(self._redis)
+    async def _secrets(self, owner: str) -> list[str]:
+        """What a receiver may know the owner's messages by, the present one first."""
+        if owner != LOCAL and (values := await _hash(self._redis, api_key_key(owner))):
+            return Key.from_hash(owner, values).webhook_secrets(now())
+        before = cast(str | None, await self._redis.get(WEBHOOK_SECRET_BEFORE_KEY))
+        return [await local_secret(self._redis), *([before] if before else [])]
 
 
 def _said_for_clients(error: httpx.TransportError) -> str:
@@ -411,37 +434,46 @@ def main() -> int:
     settings = read()
     logs.configure("webhooks", settings.log_level, settings.log_format)
     try:
-        view = _view(settings)
+        link_secrets = Secrets(connect(settings.redis_url))
     except RedisError as error:
         sys.stderr.write(f"error: REDIS_URL: Redis does not answer ({error})\n")
         return 1
-    asyncio.run(_run(settings, view))
+    asyncio.run(_run(settings, link_secrets))
     return 0
 
 
-def _view(settings: Settings) -> Callable[[Record], dict[str, Any]]:
+def _view(settings: Settings, link_secrets: Secrets) -> Callable[[Record], dict[str, Any]]:
     """What a job's owner sees of it, with links that begin as no request can tell: PUBLIC_URL."""
-    redis = connect(settings.redis_url)
-    sign = signer(link_secret(redis), settings)
-    redis.close()
+    sign = signer(link_secrets, settings)
     if settings.public_url is None and not settings.is_local:
         log.warning("PUBLIC_URL is not set: links in webhooks begin with http://%s:%d", settings.host, settings.port)
     origin = str(settings.public_url or f"http://{settings.host}:{settings.port}").rstrip("/")
     return lambda record: generation(record, origin, sign=sign).model_dump(mode="json")
 
 
-async def _run(settings: Settings, view: Callable[[Record], dict[str, Any]]) -> None:
+async def _run(settings: Settings, link_secrets: Secrets) -> None:
     redis = connect_async(settings.redis_url)
     client = guarded_client(settings.private_hosts, https_only=True, timeout_s=TIMEOUT_S)
-    courier = Courier(redis, client, view)
+    courier = Courier(redis, client, _view(settings, link_secrets))
+    refreshing = asyncio.create_task(_keep_fresh(link_secrets))
     for name in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(name, courier.stop)
     log.info("ready")
     try:
         await courier.run()
     finally:
+        refreshing.cancel()
         await client.aclose()
         await redis.aclose()
+
+
+async def _keep_fresh(link_secrets: Secrets) -> None:
+    while True:
+        await asyncio.sleep(_REFRESH_S)
+        try:
+            await asyncio.to_thread(link_secrets.refresh)
+        except RedisError as error:
+            log.warning("Redis: %s; links are signed as before", error)
 
 
 if __name__ == "__main__":

@@ -39,6 +39,7 @@ OUR_VARIABLES = (
     "OTEL_TRACES_EXPORTER",
     "OTEL_SDK_DISABLED",
     "LEASE_S",
+    "DRAIN_S",
     "RUNS",
     "STUDENTS",
     "KEEP_PREVIOUS",

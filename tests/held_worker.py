@@ -90,7 +90,8 @@ def main(folder: Path, overlap: bool) -> None:
     )
     pulse.start()
     try:
-        GpuWorker(connect(url, text=False), name, pulse, lease_s, Flights(overlap=overlap)).work(
+        flights, drain_s = Flights(overlap=overlap), int(os.environ.get("DRAIN_S", "50"))
+        GpuWorker(connect(url, text=False), name, pulse, lease_s, flights, drain_s=drain_s).work(
             logging_level="WARNING"
         )
     finally:

@@ -11,15 +11,27 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 from redis.exceptions import RedisError
+from rq import Retry
+from rq.exceptions import AbandonedJobError
 from rq.job import Job
 
 from worker import tracing
-from worker.contract import MAX_ATTEMPTS, Status
+from worker.contract import MAX_ATTEMPTS, MAX_DEATHS, Status
+from worker.engine.errors import EngineLost
 from worker.records import Records, RecordT, Refused, now
 
 log = logging.getLogger(__name__)
 
 ACTIVE = (Status.RUNNING, Status.CANCELLING)
+
+_CAUSES: dict[type[BaseException], str] = {
+    AbandonedJobError: "lease",
+    EngineLost: "engine",
+    RedisError: "redis",
+    OSError: "storage",
+}
+"""Why an attempt was lost: its worker died, or could not go on; what it needs did not answer."""
+_DEATHS = ("lease", "engine")
 
 ResultT = TypeVar("ResultT")
 
@@ -50,13 +62,8 @@ def attempt(
         _acknowledge_cancel(records, record)
         return None
     try:
-        if record.attempt > MAX_ATTEMPTS:
-            fail(
-                records,
-                record,
-                "worker_crashed",
-                f"every attempt at this {record.noun} was lost: {MAX_ATTEMPTS} in a row",
-            )
+        if record.deaths >= MAX_DEATHS or record.attempt > MAX_ATTEMPTS:
+            fail(records, record, *record.given_up())
             return None
         return work(record)
     except Refused as refused:
@@ -69,9 +76,15 @@ def attempt(
 
 
 def claim(records: Records[RecordT], record: RecordT, worker: str, **claimed: Any) -> RecordT:
-    """Make the job ours: the next attempt. A running job may be claimed: its worker's lease has run out."""
+    """Make the job ours: the next attempt.
+
+    A running job may be claimed: its worker's lease has run out, or the process that rq ran it in was killed. Of the
+    latter rq tells nobody, so it is counted here.
+    """
     number = record.attempt + 1
     changes: dict[str, Any] = {**record.anew, "attempt": number, "worker": worker, "started_at": now(), **claimed}
+    if record.status is Status.RUNNING:
+        changes["deaths"] = record.deaths + 1
     try:
         return records.change(record, (Status.QUEUED, Status.RUNNING), fence=True, status=Status.RUNNING, **changes)
     except Refused:
@@ -107,20 +120,56 @@ def fail(records: Records[RecordT], record: RecordT, code: str, message: str) ->
     finish(records, record, Status.FAILED, error_code=code, error_message=message)
 
 
+_AGAIN = Retry(max=10**9, enqueue_at_front=True)
+"""For rq: the job goes back to the queue, before those that have not begun. None of its own tries is used up."""
+
+
+def hand_back(records: Records[RecordT], record: RecordT, *, counts: bool = False) -> Retry | None:
+    """Leave a job that is ours to whoever is free next; what this returns, rq has to be given.
+
+    The attempt was not lost, so it is as if it had never begun: however often workers are replaced, a job that is
+    handed back each time does not fail for it. Nothing may be written by it afterwards, for the next has its number.
+
+    Args:
+        records: of the job's kind.
+        record: as it was claimed.
+        counts: it was lost all the same.
+
+    Raises:
+        Refused: it is no longer ours.
+    """
+    of_it = {"deaths": record.deaths + 1} if counts else {"attempt": record.attempt - 1}
+    try:
+        back: dict[str, Any] = {**record.anew, "status": Status.QUEUED, **of_it}
+        records.change(record, (Status.RUNNING,), fence=True, cause="lost" if counts else "handed_back", **back)
+    except Refused as refused:
+        if refused.found == Status.CANCELLING:
+            finish(records, record, Status.CANCELLED)
+            return None
+        # The connection may have dropped after this was written and before we were told; it is then sent again.
+        if refused.found != Status.QUEUED:
+            raise
+    log.info("%s handed back, attempt %d", record.id, record.attempt)
+    return _AGAIN
+
+
 def lost(records: Records[RecordT], job: Job, kind: type[BaseException], value: BaseException | None) -> None:
     """Put the record right after rq lost an attempt: Redis or the storage failed, or its worker died."""
     record = records.get(job.args[0])
     if record is None or record.status.is_terminal:
         return
+    cause = next((cause for kinds, cause in _CAUSES.items() if issubclass(kind, kinds)), "lost")
+    deaths = record.deaths + (cause in _DEATHS)
     try:
         if record.status is Status.CANCELLING:
             records.change(record, ACTIVE, status=Status.CANCELLED, finished_at=now())
-        elif job.retries_left:
-            records.change(record, (Status.RUNNING,), status=Status.QUEUED, **record.anew)
+        elif job.retries_left and deaths < MAX_DEATHS:
+            back: dict[str, Any] = {**record.anew, "status": Status.QUEUED, "deaths": deaths}
+            records.change(record, (Status.RUNNING,), cause=cause, **back)
         else:
-            message = f"every attempt at this {record.noun} was lost; the last one to {kind.__name__}"
-            failed: dict[str, Any] = {"status": Status.FAILED, "error_code": "worker_crashed", "error_message": message}
-            records.change(record, (Status.QUEUED, *ACTIVE), fence=True, finished_at=now(), **failed)
+            code, message = record.model_copy(update={"deaths": deaths}).given_up(cause)
+            failed: dict[str, Any] = {"status": Status.FAILED, "error_code": code, "error_message": message}
+            records.change(record, (Status.QUEUED, *ACTIVE), fence=True, finished_at=now(), deaths=deaths, **failed)
     except Refused as refused:
         log.info("%s: left as it is, %s", record.id, refused.found)
     log.warning("%s: attempt %d lost (%s: %s)", record.id, record.attempt, kind.__name__, value)

@@ -2,6 +2,14 @@
 
 The record (a Redis hash) is the truth about a job and is written before the job is enqueued; rq only carries the id.
 Nothing here opens a connection or a file. pydantic only.
+
+Programs of two releases work on one Redis while one replaces the other, so what is here grows by these rules:
+
+- A reader leaves alone what it does not know: fields that are new to it are ignored when it reads, and stay when it
+  writes, as a change writes the changed fields and nothing else.
+- A field that is added has a default. None is ever renamed, or comes to mean something else.
+- A new value of a field that only describes is read as `otherwise` says. One that decides what happens (``Status``, a
+  function, a key's type) is first read by one release and written by the next.
 """
 
 from __future__ import annotations
@@ -10,7 +18,17 @@ import json
 from enum import StrEnum
 from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, computed_field, field_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    StringConstraints,
+    ValidationError,
+    ValidatorFunctionWrapHandler,
+    WrapValidator,
+    computed_field,
+    field_validator,
+)
 
 from distill.prompt import Prompt
 
@@ -27,8 +45,10 @@ ALLOWED_FUNCTIONS = frozenset({GENERATE, DISTILL})
 ALLOWED_CALLBACKS = frozenset({GENERATE_FAILED, DISTILL_FAILED})
 """What it calls when an attempt was lost."""
 
-MAX_ATTEMPTS = 3
-"""Starts of one job before it fails: a job that kills its worker must not kill every worker in turn."""
+MAX_DEATHS = 3
+"""Workers that may die at one job before it fails: one that kills its worker must not kill every worker in turn."""
+MAX_ATTEMPTS = 6
+"""Starts of one job before it fails, whatever its attempts were lost to."""
 
 LOCAL = "local"
 """Whoever asks without a key where none is needed."""
@@ -37,6 +57,18 @@ JobId = Annotated[str, StringConstraints(pattern=r"^vid_[0-9a-z]{26}$")]
 DistillationId = Annotated[str, StringConstraints(pattern=r"^dist_[0-9a-z]{26}$")]
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
 """A JSON number that every client keeps exact."""
+
+
+def otherwise(value: object) -> WrapValidator:
+    """What a later release says there, and is not known here, is read as ``value``."""
+
+    def known(said: Any, read: ValidatorFunctionWrapHandler) -> Any:
+        try:
+            return read(said)
+        except ValidationError:
+            return value
+
+    return WrapValidator(known)
 
 
 class Status(StrEnum):
@@ -65,11 +97,17 @@ class Phase(StrEnum):
     SAVING = "saving"
 
 
+_LOST_TO = {
+    "redis": ("store_failed", "the job store did not answer"),
+    "storage": ("storage_failed", "the storage of videos could not be read or written"),
+}
+
+
 class JobRecord(BaseModel):
     """What is known of any job, as the hash at ``record_key(id)`` holds it. Times are seconds since the epoch."""
 
     # What cannot be read is logged, and a prompt must not be.
-    model_config = ConfigDict(frozen=True, extra="forbid", hide_input_in_errors=True)
+    model_config = ConfigDict(frozen=True, hide_input_in_errors=True)
 
     noun: ClassVar[str]
     """What messages call such a job."""
@@ -95,6 +133,8 @@ class JobRecord(BaseModel):
     finished_at: float | None = None
     attempt: int = 0
     """Number of starts; also the fence: only the writer with the current one may change the record."""
+    deaths: int = 0
+    """Of them, those that were lost with their worker."""
     worker: str | None = None
     error_code: str | None = None
     error_message: str | None = None
@@ -114,9 +154,29 @@ class JobRecord(BaseModel):
         """Beginning of the name, in ``METRICS_KEY``, of what counts how such jobs end; the status comes after it."""
         return f"{self.noun}s_total|status="
 
+    @property
+    def failure_counter(self) -> str:
+        """Likewise, of what counts why they fail; the code of the error comes after it."""
+        return f"{self.noun}_failures_total|code="
+
+    def given_up(self, cause: str = "") -> tuple[str, str]:
+        """Error code and message of such a job when all its attempts were lost.
+
+        Args:
+            cause: of the last one: "redis" or "storage" did not answer, or another.
+        """
+        if self.deaths >= MAX_DEATHS:
+            return "worker_crashed", f"{self.deaths} workers have died while they were at this {self.noun}"
+        code, ended = _LOST_TO.get(cause, ("attempts_lost", "its worker could not go on"))
+        return code, f"every attempt at this {self.noun} was lost; in the last one {ended}"
+
     def to_hash(self) -> dict[str, str]:
-        """Fields for HSET; what is None is left out, what is no text is JSON."""
-        values = self.model_dump(mode="json", exclude_none=True)
+        """Fields for HSET; what is None is left out, what is no text is JSON.
+
+        So is a field that is new while it says nothing: programs of commit 67bc40d read no record that has one.
+        """
+        silent = set() if self.deaths else {"deaths"}
+        values = self.model_dump(mode="json", exclude_none=True, exclude=silent)
         return {name: value if isinstance(value, str) else json.dumps(value) for name, value in values.items()}
 
     @classmethod
@@ -147,7 +207,7 @@ class Record(JobRecord):
     pin: str | None = None
     """sha256 of the one model that may make it, where the request named one exactly."""
     expires_at: float
-    phase: Phase | None = None
+    phase: Annotated[Phase | None, otherwise(None)] = None
     progress: float = 0.0
     """Share of the work done, 0 to 1."""
     model_sha256: str | None = None
@@ -207,7 +267,7 @@ class RunFile(BaseModel):
 
     model_config = ConfigDict(frozen=True)
 
-    kind: Literal["sheet", "plot", "report"]
+    kind: Annotated[Literal["sheet", "plot", "report"], otherwise("report")]
     at: float
     size_bytes: int
 
@@ -268,7 +328,7 @@ class Distillation(JobRecord):
     """Likewise."""
     promote: Literal["auto", "manual"] = "manual"
     """auto: a student that passes the gate is served at once."""
-    phase: RunPhase | None = None
+    phase: Annotated[RunPhase | None, otherwise(None)] = None
     progress: Progress | None = None
     importance: BlockImportance | None = None
     student: str | None = None
@@ -308,7 +368,7 @@ class Offer(BaseModel):
     recipes: tuple[str, ...]
     teachers: tuple[Named, ...]
     datasets: tuple[str, ...]
-    policy: Literal["share", "serve-first", "window"]
+    policy: Annotated[Literal["share", "serve-first", "window"], otherwise("share")]
     """When it trains: always, while nobody waits for a video, or in ``window`` alone."""
     window: str | None = None
     """`22:00-06:00`, in the trainer's own time."""
@@ -382,13 +442,27 @@ class Staging(BaseModel):
 
     wanted: str
     """sha256 of that student."""
-    state: Literal["loaded", "staging", "failed"]
+    state: Annotated[Literal["loaded", "staging", "failed"], otherwise("staging")]
     message: str | None = None
     """Why it failed; the worker serves what it had before, and tries again."""
     seconds: float | None = None
     """That the staging took."""
-    how: Literal["refit", "build", "loaded"] | None = None
+    how: Annotated[Literal["refit", "build", "loaded"] | None, otherwise(None)] = None
     """What became of its engine: other weights in one that was there, a new one, or it was there as it is."""
+
+
+class Canary(BaseModel):
+    """The last time that an idle worker made the clip of its warm-up again, to see whether it still can."""
+
+    model_config = ConfigDict(frozen=True)
+
+    at: float
+    ok: bool
+    seconds: float
+    first_seconds: float
+    """What the first one of this model took."""
+    message: str | None = None
+    """What was wrong."""
 
 
 class Heartbeat(BaseModel):
@@ -397,7 +471,8 @@ class Heartbeat(BaseModel):
     model_config = ConfigDict(frozen=True)
 
     name: str
-    state: WorkerState
+    state: Annotated[WorkerState, otherwise(WorkerState.LOADING)]
+    """One that is not known here takes no jobs, as far as anybody here can tell."""
     model: str
     """The one that answers when a request names none."""
     model_sha256: str
@@ -406,6 +481,8 @@ class Heartbeat(BaseModel):
     engine: str
     engine_reason: str | None = None
     """Why it is not the one that comes first, where that is so."""
+    host: str | None = None
+    """Its machine, container or pod, by that one's own name."""
     gpu: str | None = None
     """Its GPU, which it leaves to training that wants it for itself; None: it does not."""
     waiting_until: float | None = None
@@ -414,6 +491,8 @@ class Heartbeat(BaseModel):
     """What PyTorch holds of its GPU's memory."""
     release: Staging | None = None
     """None: nothing was ever released."""
+    canary: Canary | None = None
+    """None: it has not been idle for so long."""
     started_at: float
     seen_at: float
 
@@ -450,8 +529,12 @@ KEYS_KEY = "flg:keys"
 """Set of the ids of all API keys."""
 LINK_SECRET_KEY = "flg:secret:links"  # noqa: S105
 """String: what links to videos are signed with; made once, by whoever needs it first."""
+LINK_SECRET_BEFORE_KEY = "flg:secret:links:before"  # noqa: S105
+"""String: what they were signed with before, for as long as such links work."""
 WEBHOOK_SECRET_KEY = "flg:secret:webhooks"  # noqa: S105
 """String: what webhooks of jobs that nobody's key asked for are signed with."""
+WEBHOOK_SECRET_BEFORE_KEY = "flg:secret:webhooks:before"  # noqa: S105
+"""String: what they are signed with as well, until receivers have the new one."""
 WEBHOOKS_DUE_KEY = "flg:webhooks:due"
 """Sorted set: ids of the jobs that are over and whose webhook has not arrived, by the time of its next delivery."""
 WEBHOOKS_DEAD_KEY = "flg:webhooks:dead"

@@ -39,8 +39,10 @@ class Flight:
         """rq's stop-job command has named it."""
         self.is_interrupted = False
         self.is_denoising = True
-        self.deadline = math.inf
-        """By `time.monotonic`."""
+        self.is_waiting = False
+        """Until it is alone."""
+        self.deadline = self.limit = math.inf
+        """When it has to end by itself, and when rq's limit is over; by `time.monotonic`."""
 
     def check(self) -> None:
         """To be called between steps.
@@ -59,6 +61,19 @@ class Flight:
         """The denoising is done: the next job may begin."""
         self.is_denoising = False
         self._flights.tell()
+
+    def wait_alone(self, look: Callable[[], None]) -> None:
+        """Return when nothing else computes, and let no other job begin until `leave_transformer`."""
+        self.is_denoising = self.is_waiting = True
+        try:
+            while not self._flights.wait(lambda: self._flights.is_alone(self), _LOOK_S):
+                look()
+        finally:
+            self.is_waiting = False
+
+    def wait_for_later(self) -> None:
+        """Return when all jobs after this one are over."""
+        self._flights.wait(lambda: self._flights.is_last(self))
 
     def wait_for_decoder(self, look: Callable[[], None]) -> None:
         """Return when all jobs before this one are over. ``look`` is called once a second; what it raises goes on."""
@@ -136,6 +151,19 @@ class Flights:
         """Whether all before this one are over."""
         return not self._flights or self._flights[0] is flight
 
+    def is_last(self, flight: Flight) -> bool:
+        """Whether all after this one are over."""
+        return not self._flights or self._flights[-1] is flight
+
+    def is_alone(self, flight: Flight) -> bool:
+        """Whether all before this one are over, and those after it do nothing but wait for it."""
+        others = [one for one in self._flights if one is not flight]
+        return self.is_first(flight) and not any(one.is_denoising and not one.is_waiting for one in others)
+
+    def is_overdue(self, seconds: float) -> bool:
+        """Whether rq's time limit of a job was over so long ago, and it has not ended."""
+        return any(time.monotonic() > flight.limit + seconds for flight in self._flights.copy())
+
     def stop(self, execution_id: str) -> bool:
         """Ask one job to end at its next step; whether there is such a job."""
         named = [flight for flight in self._flights.copy() if flight.execution_id == execution_id]
@@ -160,8 +188,10 @@ class Deadline(BaseDeathPenalty):
     def setup_death_penalty(self) -> None:
         """From now on."""
         if self._timeout > 0:  # -1 is no limit
-            current().deadline = time.monotonic() + self._timeout
+            flight = current()
+            flight.deadline = flight.limit = time.monotonic() + self._timeout
 
     def cancel_death_penalty(self) -> None:
         """No longer."""
-        current().deadline = math.inf
+        flight = current()
+        flight.deadline = flight.limit = math.inf

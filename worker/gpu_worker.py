@@ -2,12 +2,15 @@
 
 rq's own `Worker` forks for every job, which CUDA does not survive; its `SimpleWorker` stays in one process but beats no
 heart during a job, cannot stop one, and has one at a time. Added here: a thread for each job (`worker.flights`), a
-lease for each that another thread renews, a cooperative stop, and a heartbeat of our own that says more than rq's.
+lease for each that another thread renews, and another process where that thread cannot (`worker.pacemaker`), a
+cooperative stop, a heartbeat of our own that says more than rq's, and something to do while there are no jobs.
 """
 
 from __future__ import annotations
 
 import logging
+import os
+import signal
 import sys
 import threading
 from collections.abc import Callable
@@ -19,6 +22,7 @@ from redis import Redis
 from redis.exceptions import RedisError
 from rq import Queue, SimpleWorker
 from rq.command import parse_payload
+from rq.exceptions import StopRequested
 from rq.executions import Execution
 from rq.job import Job
 from rq.registry import StartedJobRegistry
@@ -27,28 +31,33 @@ from rq.worker import WorkerStatus
 from worker import logs
 from worker.contract import QUEUE, WORKERS_KEY, Heartbeat, WorkerState, worker_key
 from worker.flights import Deadline, Flights, current
+from worker.pacemaker import Beat, Pacemaker
 from worker.queues import Leased
 from worker.records import now
 
 log = logging.getLogger(__name__)
 
+LOST = 70
+"""Exit code: this process cannot go on, and one that is started anew can."""
+
 
 class Pulse(threading.Thread):
     """Writes the worker's heartbeat and has leases renewed, for as long as it lives."""
 
-    def __init__(self, redis: Redis, heartbeat: Heartbeat, lease_s: int) -> None:
+    def __init__(self, redis: Redis, heartbeat: Heartbeat, lease_s: int, pacemaker: Pacemaker | None = None) -> None:
+        """``pacemaker``: beats while this thread cannot."""
         super().__init__(name="pulse", daemon=True)
         self._redis = redis
         self._heartbeat = heartbeat
         self._lease_s = lease_s
-        self._ended = threading.Event()
+        self._pacemaker = pacemaker
+        self._due, self._ended = threading.Event(), threading.Event()
         self._beating = threading.Lock()  # several threads beat; what is written last has to be what is true by then
-        self._state: Callable[[], WorkerState] | None = None
-        self._renew: Callable[[], None] = lambda: None
+        self._worker: GpuWorker | None = None
 
-    def attend(self, state: Callable[[], WorkerState], renew: Callable[[], None]) -> None:
+    def attend(self, worker: GpuWorker) -> None:
         """From now on ask a worker for its state, and have it renew its leases, with each beat."""
-        self._state, self._renew = state, renew
+        self._worker = worker
         self.beat()
 
     def show(self, **changes: Any) -> None:
@@ -59,33 +68,45 @@ class Pulse(threading.Thread):
 
     def run(self) -> None:
         """Four beats in a lease: three may be lost."""
-        while not self._ended.wait(self._lease_s / 4):
+        while not self._ended.is_set():
+            self._due.wait(self._lease_s / 4)
+            self._due.clear()
             self.beat()
+
+    def beat_soon(self) -> None:
+        """For a signal handler, which may not wait for whoever is beating."""
+        self._due.set()
 
     def end(self) -> None:
         """Stop beating and take the heartbeat away: the worker is gone."""
         with self._beating:
             self._ended.set()
-            self._redis.delete(worker_key(self._heartbeat.name))
-            self._redis.srem(WORKERS_KEY, self._heartbeat.name)
+            if self._pacemaker:
+                self._pacemaker.end()
+            try:
+                self._redis.delete(worker_key(self._heartbeat.name))
+                self._redis.srem(WORKERS_KEY, self._heartbeat.name)
+            except RedisError as error:
+                log.warning("the heartbeat was not taken away, and runs out: %s", error)
 
     def beat(self) -> None:
         """Say now what is true now."""
         with self._beating:
             if self._ended.is_set():
                 return
+            worker = self._worker
+            state = worker.heartbeat_state() if worker else self._heartbeat.state
+            seen = {"state": state, "seen_at": now(), "gpu_mem_bytes": _gpu_mem_bytes()}
+            said = self._heartbeat.model_copy(update=seen)
+            if self._pacemaker:
+                self._pacemaker.tell(Beat(heartbeat=said, leases=worker.leases() if worker else ()))
             try:
-                self._write()
-                self._renew()
+                self._redis.set(worker_key(said.name), said.model_dump_json(), ex=self._lease_s)
+                self._redis.sadd(WORKERS_KEY, said.name)
+                if worker:
+                    worker.renew_leases()
             except RedisError as error:
                 log.warning("no heartbeat written: %s", error)
-
-    def _write(self) -> None:
-        state = self._state() if self._state else self._heartbeat.state
-        seen = {"state": state, "seen_at": now(), "gpu_mem_bytes": _gpu_mem_bytes()}
-        text = self._heartbeat.model_copy(update=seen).model_dump_json()
-        self._redis.set(worker_key(self._heartbeat.name), text, ex=self._lease_s)
-        self._redis.sadd(WORKERS_KEY, self._heartbeat.name)
 
 
 def _gpu_mem_bytes() -> int | None:
@@ -98,19 +119,49 @@ class GpuWorker(Leased, SimpleWorker):
 
     death_penalty_class = Deadline
 
-    def __init__(self, redis: Redis, name: str, pulse: Pulse, lease_s: int, flights: Flights) -> None:
+    def __init__(
+        self,
+        redis: Redis,
+        name: str,
+        pulse: Pulse,
+        lease_s: int,
+        flights: Flights,
+        *,
+        idle: Callable[[Callable[[], bool]], bool] = lambda _wanted: True,
+        hang_s: int = 0,
+        drain_s: int = 50,
+    ) -> None:
+        """
+        Args:
+            redis: must not decode responses.
+            name: unlike that of any worker before.
+            pulse: beats for it.
+            lease_s: how long a job may be without a sign of life.
+            flights: where jobs run.
+            idle: called now and then while there is no job, with what says whether one has come; false: this worker is
+                not fit to take another.
+            hang_s: a job that has not ended so long after its time limit hangs, and ends the process; 0: never.
+            drain_s: how long jobs in flight may take to finish when the worker is told to end.
+        """
         super().__init__(redis, QUEUE, name, lease_s)
         self._flights = flights
         self._pulse = pulse
+        self._idle = idle
+        self._hang_s = hang_s
+        self._drain_s = drain_s
         self._failing = threading.Lock()
         self._ending = False
-        pulse.attend(self._heartbeat_state, self._renew_leases)
+        pulse.attend(self)
 
     # --- one job after another ------------------------------------------------------------------------------------
 
     def execute_job(self, job: Job, queue: Queue) -> None:
         """Start one job, and return when the next could begin: not sooner, or it would wait here and not elsewhere."""
-        execution: Execution = self.prepare_execution(job)
+        try:
+            execution: Execution = self.prepare_execution(job)
+        except RedisError as error:
+            log.error("%s: not begun, and will be delivered again: %s", job.id, error)
+            return
         self._flights.begin(execution.id, partial(self._perform, job, queue, execution))
         self._pulse.beat()
         self._flights.wait_for_room()
@@ -126,11 +177,36 @@ class GpuWorker(Leased, SimpleWorker):
             self.executions.pop(execution.id, None)
             self._pulse.beat()
 
-    def _renew_leases(self) -> None:
+    def run_maintenance_tasks(self) -> None:
+        """Called by rq between two jobs, and every few seconds while there are none."""
+        super().run_maintenance_tasks()
+        if not self.executions and not self._idle(self._is_wanted):
+            self._ending = True
+            raise StopRequested
+
+    def _is_wanted(self) -> bool:
+        try:
+            return self._ending or self._stop_requested or any(queue.count for queue in self.queues)
+        except RedisError:  # nothing is known
+            return True
+
+    # --- for the pulse --------------------------------------------------------------------------------------------
+
+    def leases(self) -> tuple[tuple[str, str], ...]:
+        """What `renew_leases` renews: the ids of each job and of its execution."""
+        return tuple((execution.job_id, execution.id) for execution in self.executions.copy().values())
+
+    def renew_leases(self) -> None:
+        """Say that each job in flight is being worked on. Raises ``RedisError``."""
+        if self._hang_s and self._flights.is_overdue(self._hang_s):
+            # In C code, where no flag is looked at: no thread of this process can end it, or take its memory back.
+            log.error("a job has not ended %d s after its time limit; this worker ends", self._hang_s)
+            os._exit(LOST)
         for execution in self.executions.copy().values():
             self.maintain_heartbeats(execution.job, execution)
 
-    def _heartbeat_state(self) -> WorkerState:
+    def heartbeat_state(self) -> WorkerState:
+        """What the worker is doing."""
         if self._stop_requested or self._ending:
             return WorkerState.STOPPING
         return WorkerState.BUSY if self.executions else WorkerState.READY
@@ -143,6 +219,18 @@ class GpuWorker(Leased, SimpleWorker):
         self._pulse.beat()
         self._flights.wait_for_all()
         super().teardown()  # type: ignore[no-untyped-call]
+
+    def request_stop(self, signum: int, frame: FrameType | None) -> None:
+        """The first SIGTERM: no other job is taken, and those in flight have ``drain_s`` to finish."""
+        self._ending = True
+        self._pulse.beat_soon()
+        signal.signal(signal.SIGALRM, self._end_of_drain)
+        signal.setitimer(signal.ITIMER_REAL, self._drain_s)
+        super().request_stop(signum, frame)  # type: ignore[no-untyped-call]
+
+    def _end_of_drain(self, _signum: int, _frame: FrameType | None) -> None:
+        if self._flights.interrupt():
+            log.warning("jobs in flight have not finished within %d s; they go back to the queue", self._drain_s)
 
     def request_force_stop(self, signum: int, frame: FrameType | None) -> None:
         """The second SIGTERM: jobs in flight go back to the queue at their next step."""

@@ -15,22 +15,25 @@ import os
 import platform
 import signal
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cache, partial
 from importlib.metadata import version
+from itertools import chain, repeat
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from PIL import Image, ImageOps
 from redis import Redis
 from redis.exceptions import RedisError
+from rq import Retry
 from rq.job import Job
 from rq.timeouts import JobTimeoutException
 
 from worker import logs, tracing, video
-from worker.attempts import attempt, fail, finish, lost
+from worker.attempts import attempt, fail, finish, hand_back, lost
 from worker.contract import OUTPUT_SUFFIXES, SECONDS_KEY, Phase, Record, Status, input_path, model_id, output_path
-from worker.engine.errors import EngineLost
+from worker.engine.errors import EngineLost, OutOfMemory
 from worker.flights import Cancelled, Flight, Interrupted, current
 from worker.metrics import Metrics, observe_cancel, observe_start, observe_success
 from worker.records import Records, Refused, now
@@ -43,6 +46,10 @@ log = logging.getLogger(__name__)
 
 _MADE_BY = ("model", "model_sha256", "engine")
 """What the record takes over from the manifest."""
+_PAUSES_S = (0.5, 1.0, 2.0, 4.0, 8.0)
+"""From one try of the storage to the next; the last again and again."""
+
+ResultT = TypeVar("ResultT")
 
 
 @dataclass(frozen=True)
@@ -87,6 +94,10 @@ class Runtime:
     metrics: Metrics = field(default_factory=Metrics)
     last_end: float = -math.inf
     """When a job was last over, by `time.monotonic`."""
+    is_lost: bool = False
+    """This process cannot make videos any more."""
+    patience_s: float = 120.0
+    """How long a job waits for a storage that does not answer, before its attempt is given up."""
 
 
 _runtime: Runtime | None = None  # rq calls module functions by name, so what they work with has to be found here
@@ -104,10 +115,10 @@ def _installed() -> Runtime:
     return _runtime
 
 
-def generate(job_id: str) -> None:
-    """Run one job (called by rq)."""
+def generate(job_id: str) -> Retry | None:
+    """Run one job to its end, or hand it back where this worker has to end before (called by rq)."""
     runtime = _installed()
-    attempt(runtime.records, job_id, runtime.name, partial(_observed, runtime), phase=Phase.ENCODING)
+    return attempt(runtime.records, job_id, runtime.name, partial(_observed, runtime), phase=Phase.ENCODING)
 
 
 def generate_failed(
@@ -117,22 +128,19 @@ def generate_failed(
     lost(_installed().records, job, kind, value)  # rq's own connection answers in bytes
 
 
-def _observed(runtime: Runtime, record: Record) -> None:
+def _observed(runtime: Runtime, record: Record) -> Retry | None:
     """An attempt, with what the log, the trace and the metrics are to say of it."""
     about: dict[str, str | int] = {"job_id": record.id, "model": record.model, "attempt": record.attempt}
     observe_start(runtime.metrics, record)
     try:
         with logs.bind(request_id=record.request_id), tracing.consumer_span(record.trace, "generate", **about):
-            _attempt(runtime, record)
+            return _attempt(runtime, record)
     finally:
         runtime.metrics.flush(runtime.records.redis)
 
 
-def _attempt(runtime: Runtime, record: Record) -> None:
-    """One attempt at a job that is ours.
-
-    Raises ``Refused``, ``RedisError``, ``OSError``, and what rq has asked for: ``Cancelled``, ``Interrupted``.
-    """
+def _attempt(runtime: Runtime, record: Record) -> Retry | None:
+    """One attempt at a job that is ours. Raises ``Refused``, ``RedisError``, ``OSError``, and ``Cancelled`` for rq."""
     flight = current()
     loaded = runtime.loaded
     pipeline = loaded.of(record)
@@ -143,26 +151,30 @@ def _attempt(runtime: Runtime, record: Record) -> None:
             f"{wanted} was replaced while this job waited; served now are {served}; send it again with one of them"
         )
         fail(runtime.records, record, "model_gone", message)
-        return
+        return None
     record = record.model_copy(update={"model": pipeline.card.name})
     if record.start_by is not None and now() > record.start_by:
         message = "the job had not begun by its deadline for that (X-Deadline-Start)"
         fail(runtime.records, record, "deadline_start", message)
-        return
+        return None
     if record.finish_by is not None:
         flight.deadline = min(flight.deadline, time.monotonic() + record.finish_by - now())
     try:
-        _run(runtime, pipeline, record, flight)
+        _run_within_memory(runtime, pipeline, record, flight)
     except Cancelled:
         finish(runtime.records, record, Status.CANCELLED)
         observe_cancel(runtime.metrics, runtime.records.redis, record.id)
         if flight.is_stopped:
             raise  # rq asked for it, and records STOPPED
-    except (Interrupted, Refused, RedisError, OSError):
+    except Interrupted:
+        flight.wait_for_later()  # each goes before the rest of the queue, so the oldest has to come last
+        return hand_back(runtime.records, record)
+    except (Refused, RedisError, OSError):
         raise
     except EngineLost as lost_for_good:
         # Every later job would fail as well: another worker, or this one started anew, tries again.
         log.error("%s: %s; this worker ends", record.id, lost_for_good)
+        runtime.is_lost = True
         os.kill(os.getpid(), signal.SIGTERM)  # not to this thread: it has to wake the main one from its queue
         raise
     except JobTimeoutException:
@@ -170,10 +182,15 @@ def _attempt(runtime: Runtime, record: Record) -> None:
             fail(runtime.records, record, "deadline", "the video was not ready by its deadline (X-Deadline)")
         else:
             fail(runtime.records, record, "timed_out", "the video was not ready in the time that a job may take")
+    except OutOfMemory as error:
+        log.error("%s: not enough memory: %s", record.id, error)
+        message = "the worker has not enough memory for this video, also while it makes no other one"
+        fail(runtime.records, record, "out_of_memory", message)
     except Exception as error:
         log.exception("%s failed", record.id)
         message = f"the model could not make this video ({type(error).__name__})"
         fail(runtime.records, record, "generation_failed", message)
+    return None
 
 
 class _Progress:
@@ -205,21 +222,32 @@ class _Progress:
             raise (Cancelled if refused.found == Status.CANCELLING else refused) from None
 
 
-def _run(runtime: Runtime, pipeline: VideoPipeline, record: Record, flight: Flight) -> None:
-    """Encode, denoise, decode, save, publish. Raises between steps what ``_Progress`` does."""
+def _run_within_memory(runtime: Runtime, pipeline: VideoPipeline, record: Record, flight: Flight) -> None:
+    """`_run`; where the memory has not sufficed once more, alone. Raises ``OutOfMemory`` when that fails, too."""
+    progress = _Progress(runtime.records, record, flight)
+    try:
+        _run(runtime, pipeline, record, flight, progress)
+        return
+    except OutOfMemory as error:
+        log.warning("%s: not enough memory, once more when nothing else is in flight: %s", record.id, error)
+    flight.wait_alone(progress.again)  # out of the handler: what the error holds on to is free by now
+    pipeline.free_memory()
+    _run(runtime, pipeline, record, flight, progress)
+
+
+def _run(runtime: Runtime, pipeline: VideoPipeline, record: Record, flight: Flight, progress: _Progress) -> None:
+    """Encode, denoise, decode, save, publish. Raises between steps what ``_Progress`` does, and ``OutOfMemory``."""
     started = time.monotonic()
-    if runtime.storage.exists(output_path(record.id, "json")):
-        # An earlier attempt published everything (the manifest is last) and died before it could say so.
-        manifest = json.loads(runtime.storage.read(output_path(record.id, "json")))
-        made_by = {name: manifest[name] for name in _MADE_BY}
-        finish(runtime.records, record, Status.SUCCEEDED, progress=1.0, **made_by)
+    patiently = partial(_patiently, runtime, progress)
+    if made := patiently(partial(_made_before, runtime, record)):
+        finish(runtime.records, record, Status.SUCCEEDED, progress=1.0, **{name: made[name] for name in _MADE_BY})
         return
     try:
-        image_bytes = runtime.storage.read(input_path(record.id))
+        image_bytes = patiently(partial(runtime.storage.read, input_path(record.id)))
     except FileNotFoundError:
         fail(runtime.records, record, "input_missing", "the input image is no longer in the storage")
         return
-    progress, size = _Progress(runtime.records, record, flight), pipeline.card.video
+    size = pipeline.card.video
     with Image.open(io.BytesIO(image_bytes)) as image:
         # As it is, unless another student with another size has been released since it was accepted.
         fitted = ImageOps.fit(image.convert("RGB"), (size.width, size.height))
@@ -227,11 +255,12 @@ def _run(runtime: Runtime, pipeline: VideoPipeline, record: Record, flight: Flig
     tracing.phase_spans(denoised.timings_s)
     flight.leave_transformer()
     flight.wait_for_decoder(progress.again)
-    mp4 = _decode_and_save(runtime, pipeline, record, denoised, progress)
-    tracing.phase_spans({phase: denoised.timings_s[phase] for phase in (Phase.DECODING, Phase.SAVING)})
-    manifest = _manifest(pipeline, record, denoised.timings_s, image_bytes, mp4)
-    runtime.storage.write(output_path(record.id, "json"), (json.dumps(manifest, indent=2) + "\n").encode())
     try:
+        mp4 = _decode_and_save(runtime, pipeline, record, denoised, progress)
+        tracing.phase_spans({phase: denoised.timings_s[phase] for phase in (Phase.DECODING, Phase.SAVING)})
+        manifest = _manifest(pipeline, record, denoised.timings_s, image_bytes, mp4)
+        text = json.dumps(manifest, indent=2) + "\n"
+        patiently(partial(_publish, runtime, record, "json", text.encode()))
         finish(runtime.records, record, Status.SUCCEEDED, progress=1.0, **{name: manifest[name] for name in _MADE_BY})
     except Refused as refused:
         if refused.found != "missing":
@@ -258,10 +287,70 @@ def _decode_and_save(
         progress(Phase.SAVING, 1.0)
         saving = time.perf_counter()
         mp4 = writer.finish()
-    runtime.storage.write(output_path(record.id, "mp4"), mp4)
-    runtime.storage.write(output_path(record.id, "jpg"), thumbnail)
+    for suffix, data in (("mp4", mp4), ("jpg", thumbnail)):
+        _patiently(runtime, progress, partial(_publish, runtime, record, suffix, data))
     denoised.timings_s[Phase.SAVING] = time.perf_counter() - saving
     return mp4
+
+
+def _patiently(runtime: Runtime, progress: _Progress, call: Callable[[], ResultT]) -> ResultT:
+    """What ``call`` returns, as soon as the storage lets it.
+
+    A job that is given up at once goes back to the queue and meets the same outage: a store that is away for a minute
+    would cost every job that waits all its attempts. So the jobs at hand wait, and those behind them.
+
+    Raises:
+        OSError: it has not in ``Runtime.patience_s``; ``FileNotFoundError`` at once.
+        Refused, ...: as ``_Progress`` does.
+    """
+    deadline = time.monotonic() + runtime.patience_s
+    pauses_s = chain(_PAUSES_S, repeat(_PAUSES_S[-1]))
+    while True:
+        try:
+            return call()
+        except FileNotFoundError:
+            raise
+        except OSError as error:
+            pause_s = next(pauses_s)
+            if time.monotonic() + pause_s > deadline:
+                raise
+            log.warning("the storage: %s; once more in %g s", error, pause_s)
+        until = time.monotonic() + pause_s
+        while (left_s := until - time.monotonic()) > 0:
+            progress.again()
+            time.sleep(min(left_s, 0.5))
+
+
+def _publish(runtime: Runtime, record: Record, suffix: str, data: bytes) -> None:
+    """Put one file of a video in its place.
+
+    A worker that was stopped or cut off for longer than its lease may come to this after another has published the
+    video; what it has made must not be mixed with that.
+
+    Raises:
+        Refused: the job is no longer this attempt's; nothing was written.
+    """
+
+    def check() -> None:
+        found = runtime.records.get(record.id)
+        if found is None:
+            raise Refused(record.id, "missing")
+        if (found.worker, found.attempt) != (record.worker, record.attempt) or found.status.is_terminal:
+            raise Refused(record.id, "fenced")
+
+    runtime.storage.write(output_path(record.id, suffix), data, check)
+
+
+def _made_before(runtime: Runtime, record: Record) -> dict[str, Any] | None:
+    """The manifest of an earlier attempt that published everything (it is last) and died before it could say so."""
+    storage = runtime.storage
+    try:
+        manifest: dict[str, Any] = json.loads(storage.read(output_path(record.id, "json")))
+        mp4 = storage.read(output_path(record.id, "mp4"))
+    except FileNotFoundError:
+        return None
+    is_whole = hashlib.sha256(mp4).hexdigest() == manifest["video_sha256"]
+    return manifest if is_whole and storage.exists(output_path(record.id, "jpg")) else None
 
 
 def _learn_duration(runtime: Runtime, pace: str, started: float, ended: float) -> None:

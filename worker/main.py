@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import logging
 import os
+import socket
 import sys
 from functools import partial
 from pathlib import Path
 
 from distill.student import FolderError
 from worker import gpu_lock, jobs, logs, tracing
-from worker.contract import Heartbeat, Record, WorkerState
+from worker.canary import CanaryWatch
+from worker.connection import warn_if_it_loses
+from worker.contract import METRICS_KEY, Heartbeat, Record, WorkerState
 from worker.engine.errors import EngineError
 from worker.flights import Flights
-from worker.gpu_worker import GpuWorker, Pulse
+from worker.gpu_worker import LOST, GpuWorker, Pulse
+from worker.pacemaker import Pacemaker
 from worker.pipeline import Options, VideoPipeline
 from worker.queues import unique_name
 from worker.records import Records, connect, now
@@ -26,7 +30,10 @@ log = logging.getLogger("worker")
 
 
 def main() -> int:
-    """Run until SIGTERM; jobs in flight are finished first. Exit code 2: a setting or the model folder is wrong."""
+    """Run until SIGTERM; jobs in flight are finished first.
+
+    Exit code 2: a setting or the model folder is wrong. `gpu_worker.LOST`: this process cannot go on, a new one may.
+    """
     settings = read(Settings)
     logs.configure("worker", settings.log_level, settings.log_format)
     tracing.configure("worker")
@@ -39,6 +46,7 @@ def main() -> int:
         return 2
     name = unique_name("worker")
     redis = connect(settings.redis_url)
+    warn_if_it_loses(redis)
     started = now()
     heartbeat = Heartbeat(
         name=name,
@@ -46,13 +54,16 @@ def main() -> int:
         model=settings.model[0].name,
         model_sha256="",
         engine="",
+        host=socket.gethostname(),
         gpu=gpu_lock.name_of_gpu(settings.gpu_name) if settings.gpu_lock else None,
         started_at=started,
         seen_at=started,
     )
-    pulse = Pulse(redis, heartbeat, settings.lease_s)
+    pacemaker = Pacemaker(settings.redis_url, settings.lease_s, settings.hang_s, settings.log_format)
+    pulse = Pulse(redis, heartbeat, settings.lease_s, pacemaker)
     pulse.show()
     pulse.start()
+    redis.hincrby(METRICS_KEY, "worker_starts_total", 1)  # at once: one that does not come to be ready counts, too
     if heartbeat.gpu:
         gpu_lock.give_way(redis, heartbeat.gpu, pulse.show)
     records = Records(redis, Record)
@@ -71,12 +82,21 @@ def main() -> int:
     stager.follow(runtime, pulse)
     # Offloading moves the autoencoder's weights to and fro, and both stages use it.
     flights = Flights(settings.max_batch, overlap=settings.overlap and settings.offload == "none")
-    worker = GpuWorker(connect(settings.redis_url, text=False), name, pulse, settings.lease_s, flights)
+    worker = GpuWorker(
+        connect(settings.redis_url, text=False),
+        name,
+        pulse,
+        settings.lease_s,
+        flights,
+        idle=CanaryWatch(runtime, pulse, settings.canary_s),
+        hang_s=settings.hang_s,
+        drain_s=settings.drain_s,
+    )
     try:
         worker.work(logging_level="WARNING")
     finally:
         pulse.end()
-    return 0
+    return LOST if runtime.is_lost or not worker.was_asked_to_stop else 0
 
 
 def _load(settings: Settings, folder: Path) -> VideoPipeline:

@@ -35,8 +35,18 @@ from worker.engine import choice, memory
 from worker.engine.base import Engine, Observed
 from worker.engine.batching import BatchingEngine
 from worker.engine.eager import EagerEngine
-from worker.engine.errors import EngineLost
+from worker.engine.errors import EngineLost, OutOfMemory
 from worker.settings import Settings
+from worker.video import tiles
+
+_NO_MEMORY = (
+    "CUDA error: out of memory",
+    "CUBLAS_STATUS_ALLOC_FAILED",
+    "DefaultCPUAllocator",
+    "Failed to allocate memory",
+    "bad_alloc",
+)
+"""How libraries say that there is none: CUDA, cuBLAS, torch on a CPU, onnxruntime, C++."""
 
 OnProgress = Callable[[Phase, float], None]
 """Called with the phase and the share of all work done, 0 to 1. What it raises ends the call."""
@@ -126,6 +136,8 @@ class VideoPipeline:
         self._text_lock = threading.Lock()
         # Of the time that each phase takes, for the progress: a guess that each call replaces by what it measured.
         self._shares = {Phase.ENCODING: 0.05, Phase.DENOISING: 0.75, Phase.DECODING: 0.2}
+        self.first_tiles: NDArray[np.float32] | None = None
+        """What the clip of the first `warm_up` looked like in little."""
         self._decoding_stream: Any = torch.cuda.Stream() if self.device == "cuda" else None  # type: ignore[no-untyped-call]
         with torch.no_grad():
             self.choice = choice.choose(self._model(), wanted)
@@ -149,9 +161,18 @@ class VideoPipeline:
         """What runs the transformer, and where."""
         return self.choice.name
 
-    def warm_up(self) -> Result:
-        """One whole call, so that the first job meets no lazy initialisation."""
-        return self(self._grey(), self.card.prompt.examples[0], seed=0)
+    def warm_up(self, on_progress: OnProgress = lambda _phase, _share: None) -> Result:
+        """One whole call, always the same, so that the first job meets no lazy initialisation."""
+        result = self(self._grey(), self.card.prompt.examples[0], seed=0, on_progress=on_progress)
+        if self.first_tiles is None:
+            self.first_tiles = tiles(result.frames_THWC)
+        return result
+
+    def free_memory(self) -> None:
+        """Give up whatever is only kept to be faster."""
+        with self._text_lock:
+            self._texts.clear()
+        memory.free()
 
     def __call__(
         self, image: Image.Image, prompt: str, *, seed: int, on_progress: OnProgress = lambda _phase, _share: None
@@ -208,7 +229,7 @@ class VideoPipeline:
             on_progress(Phase.DENOISING, encode_share + denoise_share * done)
             return values
 
-        with self._taking_part(), _lost_device():
+        with self._taking_part(), _engine_errors():
             latents_BCTHW = self._own_pipe(Observed(self.choice.engine, first_call))(
                 image=image,
                 prompt_embeds=embeds,
@@ -254,7 +275,7 @@ class VideoPipeline:
         # Entered anew for each piece: a generator that is left half-way must not leave its settings to the caller.
         pieces = iter(self.choice.decoder(latents_BCTHW))
         while True:
-            with torch.no_grad(), torch.cuda.stream(self._decoding_stream), _lost_device():
+            with torch.no_grad(), torch.cuda.stream(self._decoding_stream), _engine_errors():
                 piece = next(pieces, None)
                 before, waiting = waiting, None if piece is None else _on_its_way(piece)
             if before:
@@ -331,12 +352,18 @@ class VideoPipeline:
 
 
 @contextmanager
-def _lost_device() -> Iterator[None]:
-    """After an error of the GPU itself (but for a lack of memory) every later call of the process fails too."""
+def _engine_errors() -> Iterator[None]:
+    """What went wrong, as far as it decides what comes next; the rest goes through."""
     try:
         yield
-    except torch.AcceleratorError as error:
-        raise EngineLost(f"the GPU cannot be used any more: {error}") from error
+    except (torch.OutOfMemoryError, MemoryError) as error:
+        raise OutOfMemory(str(error)) from None  # without its traceback, which holds all that was computed
+    except Exception as error:
+        if any(words in str(error) for words in _NO_MEMORY):
+            raise OutOfMemory(str(error)) from None
+        if isinstance(error, torch.AcceleratorError):  # of the GPU itself: every later call of the process fails too
+            raise EngineLost(f"the GPU cannot be used any more: {error}") from error
+        raise
 
 
 class _SeenEnough(Exception):

@@ -13,12 +13,9 @@ from collections.abc import Iterable
 from typing import Any, Generic, TypeVar, cast
 
 from redis import Redis
-from redis.asyncio import Redis as AsyncRedis
-from redis.asyncio.retry import Retry as AsyncRetry
-from redis.backoff import ExponentialBackoff
-from redis.exceptions import BusyLoadingError, ConnectionError, TimeoutError
-from redis.retry import Retry
 
+from worker.connection import connect as connect
+from worker.connection import connect_async as connect_async
 from worker.contract import (
     ACTIVE_MODEL_KEY,
     LOCAL,
@@ -52,8 +49,8 @@ end
 """Lua: give back the place that a job has had in the limits (``SLOTS_KEY`` and its companions)."""
 
 # KEYS: record, events, queued ids. ARGV: statuses it may change from (each between spaces), attempt that must still be
-# current or "", changed fields as JSON for the event stream, seconds to keep the stream, id, now, name of the counter,
-# then field, value, ...
+# current or "", changed fields as JSON for the event stream, seconds to keep the stream, id, name of the counter,
+# cause of a return to the queue, name of the counter of failures, then field, value, ...
 _CHANGE = (
     FREE
     + """
@@ -61,18 +58,24 @@ local before, owner, webhook = unpack(redis.call('HMGET', KEYS[1], 'status', 'ow
 if not before then return 'missing' end
 if not string.find(ARGV[1], ' ' .. before .. ' ', 1, true) then return before end
 if ARGV[2] ~= '' and redis.call('HGET', KEYS[1], 'attempt') ~= ARGV[2] then return 'fenced' end
-redis.call('HSET', KEYS[1], unpack(ARGV, 8))
+redis.call('HSET', KEYS[1], unpack(ARGV, 9))
 local after = redis.call('HGET', KEYS[1], 'status')
 redis.call(after == 'queued' and 'SADD' or 'SREM', KEYS[3], ARGV[5])
 redis.call('XADD', KEYS[2], 'MAXLEN', '~', 256, '*', 'data', ARGV[3], 'status', after)
 redis.call('EXPIRE', KEYS[2], ARGV[4])
 if after ~= before then
     if after == 'queued' then
-        redis.call('HINCRBY', 'flg:metrics', 'requeues_total|cause=lost', 1)
+        redis.call('HINCRBY', 'flg:metrics', 'requeues_total|cause=' .. ARGV[7], 1)
     elseif after ~= 'running' and after ~= 'cancelling' then
-        redis.call('HINCRBY', 'flg:metrics', ARGV[7] .. after, 1)
+        redis.call('HINCRBY', 'flg:metrics', ARGV[6] .. after, 1)
+        if after == 'failed' then
+            local code = redis.call('HGET', KEYS[1], 'error_code') or 'none'
+            redis.call('HINCRBY', 'flg:metrics', ARGV[8] .. code, 1)
+        end
         free(ARGV[5], owner or 'local')
-        if webhook and after ~= 'expired' then redis.call('ZADD', 'flg:webhooks:due', ARGV[6], ARGV[5]) end
+        if webhook and after ~= 'expired' then
+            redis.call('ZADD', 'flg:webhooks:due', redis.call('TIME')[1], ARGV[5])
+        end
     end
 end
 redis.call('PUBLISH', 'flg:changes', ARGV[5])
@@ -126,25 +129,6 @@ class Refused(Exception):
         """The record's status, or "fenced", or "missing"."""
 
 
-# `Redis.from_url` has no retry policy of its own: a blip of one second would lose a finished video.
-_RETRY_ON = [ConnectionError, TimeoutError, BusyLoadingError]
-
-
-def connect(url: str, *, text: bool = True, patience: int = 10) -> Redis:
-    """A client that outlives a restart of Redis: ``patience`` tries, at most 1 s apart. ``text=False`` for rq."""
-    retry = Retry(ExponentialBackoff(cap=1.0, base=0.05), patience)
-    return Redis.from_url(url, retry=retry, retry_on_error=_RETRY_ON, decode_responses=text, health_check_interval=15)
-
-
-def connect_async(url: str) -> AsyncRedis:
-    """The same for asyncio."""
-    retry = AsyncRetry(ExponentialBackoff(cap=1.0, base=0.05), 5)
-    # One for each request that is being answered; the default of 100 would turn the 101st away.
-    return AsyncRedis.from_url(
-        url, retry=retry, retry_on_error=_RETRY_ON, decode_responses=True, max_connections=10_000
-    )
-
-
 class Records(Generic[RecordT]):
     """The records of one kind in one Redis."""
 
@@ -195,6 +179,11 @@ class Records(Generic[RecordT]):
         """Sorted set: those of ``index_key`` that one API key has asked for."""
         return f"{self.kind.index_key}:of:{owner}"
 
+    def moment(self) -> float:
+        """Seconds since the epoch by Redis's clock, for what cannot be taken back: this machine's may be wrong."""
+        seconds, microseconds = self.redis.time()
+        return seconds + microseconds / 1e6
+
     def num_queued(self) -> int:
         """Jobs that wait for a worker."""
         return self.redis.scard(self.kind.queued_key)
@@ -207,13 +196,16 @@ class Records(Generic[RecordT]):
         keys = [record_key(job_id), events_key(job_id), webhook_key(job_id), kind.index_key, kind.queued_key]
         self._delete(keys=[*keys, self.owned_key(owner)], args=[job_id, owner])
 
-    def change(self, record: RecordT, since: Iterable[Status], *, fence: bool = False, **changes: Any) -> RecordT:
+    def change(
+        self, record: RecordT, since: Iterable[Status], *, fence: bool = False, cause: str = "lost", **changes: Any
+    ) -> RecordT:
         """Change fields of a record that is in one of the states ``since``; returns it as changed.
 
         Args:
             record: the job as last read.
             since: states that the change is right for.
             fence: also require that no later attempt has begun since ``record`` was read.
+            cause: what a return to the queue is counted as, for the metrics.
             changes: new values by field name.
 
         Raises:
@@ -229,8 +221,9 @@ class Records(Generic[RecordT]):
                 json.dumps(after.model_dump(mode="json", include=set(changes))),
                 KEEP_EVENTS_S,
                 record.id,
-                now(),
                 record.counter,
+                cause,
+                record.failure_counter,
                 *(part for pair in values.items() for part in pair),
             ],
         )

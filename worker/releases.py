@@ -5,6 +5,7 @@ Releases change by one Lua call, which writes everything or, where another relea
 
 from __future__ import annotations
 
+import json
 import re
 import time
 from typing import Any, Literal, cast
@@ -127,14 +128,13 @@ class Releases:
 
         def merge(pipeline: Any) -> Student:
             text = pipeline.hget(STUDENTS_KEY, student.sha256)
-            entry = student
-            if text is not None:
-                known = Student.model_validate_json(text)
-                news = {name: getattr(student, name) for name in ("distillation", "gate") if getattr(student, name)}
-                entry = known.model_copy(update=news)
+            entry = student.model_dump(mode="json")
+            if text is not None:  # what a later release has written of it stays
+                news = {name: entry[name] for name in ("distillation", "gate") if entry[name]}
+                entry = {**json.loads(text), **news}
             pipeline.multi()
-            pipeline.hset(STUDENTS_KEY, student.sha256, entry.model_dump_json())
-            return entry
+            pipeline.hset(STUDENTS_KEY, student.sha256, json.dumps(entry))
+            return Student.model_validate(entry)
 
         transaction: Any = self._redis.transaction  # its types know of no value
         return cast(Student, transaction(merge, STUDENTS_KEY, value_from_callable=True))

@@ -10,6 +10,7 @@ from typing import Annotated, Literal, TypeVar
 from pydantic import Field, ValidationError, ValidationInfo, field_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
+from worker.connection import parse, redacted
 from worker.gpu_lock import Window
 
 MODELS_DIR = Path(__file__).resolve().parent.parent / "models"
@@ -27,6 +28,12 @@ class QueueSettings(BaseSettings):
     """A job whose worker has been silent for so long is given to another."""
     gpu_name: str = "auto"
     """What those who share a GPU all call it. auto: its UUID, or the machine's name."""
+
+    @field_validator("redis_url")
+    @classmethod
+    def _is_an_address(cls, value: str) -> str:
+        parse(value)
+        return value
 
 
 class Settings(QueueSettings):
@@ -64,6 +71,15 @@ class Settings(QueueSettings):
     """What decoding may take; above it a clip is decoded in pieces, and pieces in tiles."""
     text_cache_mb: int = Field(default=64, ge=0)
     """How much of what sentences were encoded to is kept."""
+    canary_s: int = Field(default=600, ge=0)
+    """How often a worker that has nothing to do makes the clip of its warm-up and compares it with the first one.
+    0: never."""
+    hang_s: int = Field(default=300, ge=0)
+    """A worker that does nothing at all for so long, or a job that has not ended so long after its time limit, has
+    hung: the process is ended. 0: never."""
+    drain_s: int = Field(default=50, ge=1)
+    """What jobs in flight may take to finish after SIGTERM; then they go back to the queue. Ten seconds less than what
+    whoever stops the worker gives it."""
     gpu_lock: bool = False
     """Whether it leaves the GPU to training that wants it for itself (TRAIN_POLICY=window), and waits meanwhile."""
 
@@ -132,5 +148,5 @@ def read(kind: type[SettingsT]) -> SettingsT:
     except ValidationError as error:
         for problem in error.errors():
             name = ".".join(str(part) for part in problem["loc"]).upper()
-            sys.stderr.write(f"error: {name}={problem['input']}: {problem['msg']}\n")
+            sys.stderr.write(f"error: {name}={redacted(str(problem['input']))}: {problem['msg']}\n")
         raise SystemExit(2) from None

@@ -7,7 +7,6 @@ way leaves the worker as it was: it says so in its heartbeat, and tries again, l
 
 from __future__ import annotations
 
-import gc
 import logging
 import threading
 import time
@@ -16,12 +15,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import torch
 from redis.exceptions import RedisError
 
 from distill.student import FolderError, card_path, parse_card
 from worker import release
 from worker.contract import Staging
+from worker.engine import memory
 from worker.engine.base import Made
 from worker.gpu_worker import Pulse
 from worker.jobs import Loaded, Runtime
@@ -165,7 +164,7 @@ class Stager(threading.Thread):
                 log.warning("student %s cannot be served: %s", sha256[:12], said)
             wait = min(2 * waited, _AGAIN_MAX_S)
             self._failures[sha256] = (time.monotonic() + wait, wait)
-        _free_memory()
+        memory.free()
         say(Staging(wanted=sha256, state="failed", message=said))
         return None
 
@@ -216,16 +215,10 @@ class Stager(threading.Thread):
         """Give back the memory of what was dropped, once the last job on it is over."""
         still = [ref for ref in self._dropped if ref() is not None]
         if len(still) < len(self._dropped):
-            _free_memory()
+            memory.free()
         self._dropped = still
 
 
 def _loaded(pipeline: VideoPipeline, how: Made, since: float) -> Staging:
     seconds = round(time.monotonic() - since, 3)
     return Staging(wanted=pipeline.card.sha256, state="loaded", how=how, seconds=seconds)
-
-
-def _free_memory() -> None:
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()

@@ -17,7 +17,7 @@ import re
 import secrets
 import shutil
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO
 from urllib.parse import urlsplit
@@ -81,9 +81,12 @@ class Storage:
                 f"STORAGE_URL={self._url}: {self._place.advice(step, error)}".replace("\n", " ")
             ) from error
 
-    def write(self, path: str, data: bytes) -> None:
-        """Put ``data`` at ``path``, replacing what is there."""
-        self._place.write(_checked(path), data)
+    def write(self, path: str, data: bytes, check: Callable[[], None] = lambda: None) -> None:
+        """Put ``data`` at ``path``, replacing what is there.
+
+        ``check`` is called when all is ready but for that; what it raises leaves everything as it was.
+        """
+        self._place.write(_checked(path), data, check)
 
     def read(self, path: str) -> bytes:
         """The bytes at ``path``. Raises ``FileNotFoundError``."""
@@ -178,8 +181,8 @@ class _Folder:
             raise ValueError(f"{path!r} leads out of the storage")
         return full
 
-    def write(self, path: str, data: bytes) -> None:
-        self._write_from(path, io.BytesIO(data))
+    def write(self, path: str, data: bytes, check: Callable[[], None]) -> None:
+        self._write_from(path, io.BytesIO(data), check)
 
     def put_file(self, path: str, source: Path) -> None:
         with source.open("rb") as file:
@@ -188,7 +191,7 @@ class _Folder:
     def get_file(self, path: str, target: Path) -> None:
         shutil.copyfile(self.local_path(path), target)
 
-    def _write_from(self, path: str, source: BinaryIO) -> None:
+    def _write_from(self, path: str, source: BinaryIO, check: Callable[[], None] = lambda: None) -> None:
         target = self.local_path(path)
         target.parent.mkdir(mode=0o750, parents=True, exist_ok=True)
         aside = target.with_name(f".{target.name}.{secrets.token_hex(4)}.tmp")
@@ -197,6 +200,7 @@ class _Folder:
                 shutil.copyfileobj(source, file, _PIECE_BYTES)
                 file.flush()
                 os.fsync(file.fileno())
+            check()
             os.replace(aside, target)
         finally:
             aside.unlink(missing_ok=True)
@@ -329,8 +333,9 @@ class _Bucket:
         except Exception:  # whatever it is, what goes wrong has a message already
             return "AWS_ENDPOINT_URL"
 
-    def write(self, path: str, data: bytes) -> None:
+    def write(self, path: str, data: bytes, check: Callable[[], None]) -> None:
         name = PurePosixPath(path)
+        check()
         self._run(
             "pipe_file",
             self._full(path),

@@ -40,7 +40,7 @@ class Trainer(Leased, Worker):
     def check_for_suspension(self, burst: bool) -> None:
         """Before each job: wait while the queue is paused, and while it is not our turn on the GPU."""
         super().check_for_suspension(burst)
-        while not self._stop_requested and not self._turns.may_begin():
+        while not self._stop_requested and not self.patiently(self._turns.may_begin):
             self.heartbeat()
             time.sleep(_LOOK_S)
 
@@ -52,7 +52,7 @@ class Trainer(Leased, Worker):
 
 
 def main(command: Sequence[str] = training.COMMAND) -> int:
-    """Run until SIGTERM. Exit code 2: a setting is wrong.
+    """Run until SIGTERM. Exit code 2: a setting is wrong; 1: this process cannot go on, a new one may.
 
     Args:
         command: what `run` or `gate` and their arguments come after.
@@ -96,7 +96,7 @@ def main(command: Sequence[str] = training.COMMAND) -> int:
     redis.set(TRAIN_OFFER_KEY, offer.model_dump_json())
     trainer = Trainer(connect(settings.redis_url, text=False), name, settings.lease_s, turns)
     trainer.work(logging_level="WARNING")
-    return 0
+    return 0 if trainer.was_asked_to_stop else 1
 
 
 def _turns(settings: TrainerSettings, redis: Redis, gpu: str, name: str) -> Turns:

@@ -34,7 +34,7 @@ from rq.job import Job
 from distill import recipes
 from distill.student import FolderError, card_path, parse_card
 from worker import release
-from worker.attempts import ACTIVE, attempt, fail, finish, held, lost
+from worker.attempts import ACTIVE, attempt, fail, finish, hand_back, held, lost
 from worker.contract import Distillation, GateSummary, RunPhase, Status
 from worker.gpu_lock import Turns
 from worker.records import Records, Refused
@@ -48,8 +48,6 @@ USER_ERROR, REFUSED, RESUMABLE = 2, 3, 75
 
 ROOT = Path(__file__).resolve().parent.parent
 _POLL_S = 0.5
-_AGAIN = Retry(max=10**9)
-"""Returned to rq: the job goes back to the queue. This does not count as one of the attempts that may be lost."""
 
 
 @dataclass(frozen=True)
@@ -125,23 +123,10 @@ def _run(runtime: Runtime, record: Distillation) -> Retry | None:
                 runtime.turns.end()
         finish(runtime.records, record, Status.SUCCEEDED, **changes)
     except Stopped as stopped:
-        return _hand_back(runtime.records, record, counts=stopped.counts)
+        return hand_back(runtime.records, record, counts=stopped.counts)
     except RunFailed as failed:
         fail(runtime.records, record, failed.code, str(failed))
     return None
-
-
-def _hand_back(records: Records[Distillation], record: Distillation, *, counts: bool) -> Retry | None:
-    """Let another attempt go on from the checkpoint, unless the run was stopped because it is cancelled."""
-    number = record.attempt if counts else record.attempt - 1
-    try:
-        records.change(record, (Status.RUNNING,), fence=True, status=Status.QUEUED, attempt=number)
-    except Refused as refused:
-        if refused.found != Status.CANCELLING:
-            raise
-        finish(records, record, Status.CANCELLED)
-        return None
-    return _AGAIN
 
 
 class Run:

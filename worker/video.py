@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 _LOOK_S = 1.0
+_TILES = 8
 
 
 class EncodingError(Exception):
@@ -133,3 +134,14 @@ def encode_thumbnail(frame_HWC: NDArray[np.uint8]) -> bytes:
     buffer = io.BytesIO()
     Image.fromarray(frame_HWC).save(buffer, "JPEG", quality=90)
     return buffer.getvalue()
+
+
+def tiles(frames_THWC: NDArray[np.uint8]) -> NDArray[np.float32]:
+    """What a clip looks like in little: the mean of each of 8 x 8 tiles of each frame, ``[T, 8, 8, 3]``."""
+    num_frames, height, width, channels = frames_THWC.shape
+    rows, columns = (np.arange(_TILES) * size // _TILES for size in (height, width))
+    sums = np.add.reduceat(np.add.reduceat(frames_THWC, rows, axis=1, dtype=np.int64), columns, axis=2)
+    counts = np.diff(np.append(rows, height))[:, None] * np.diff(np.append(columns, width))
+    means: NDArray[np.float32] = (sums / counts.reshape(1, _TILES, _TILES, 1)).astype(np.float32)
+    assert means.shape == (num_frames, _TILES, _TILES, channels)
+    return means

@@ -44,6 +44,8 @@ def ready(context: ContextDep, response: Response) -> Readiness:
         causes.append("Redis does not answer")
     causes += _disk(context)
     response.status_code = 503 if causes else 200
+    if causes:
+        response.headers["Retry-After"] = "2"
     return Readiness(status="not ready" if causes else "ready", causes=causes, workers=serving)
 
 

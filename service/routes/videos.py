@@ -8,7 +8,6 @@ from pathlib import PurePath
 from fastapi import APIRouter, Request
 from fastapi.responses import FileResponse, RedirectResponse, Response
 
-from service import links
 from service.auth import CHALLENGE, Principal
 from service.deps import Context, ContextDep, JobIdDep, OptionalPrincipalDep
 from service.errors import ApiError
@@ -91,7 +90,7 @@ def _readable(request: Request, context: Context, job_id: str, suffix: str, prin
     """
     record = context.store.records.get(job_id)
     path, query = f"/videos/{job_id}.{suffix}", request.query_params
-    if record is not None and links.verify(context.link_secret, path, query, now(), record.expires_at):
+    if record is not None and context.link_secrets.verify(path, query, now(), record.expires_at):
         return record
     if principal is not None:
         if record is None or record.owner != principal.id:
@@ -99,7 +98,7 @@ def _readable(request: Request, context: Context, job_id: str, suffix: str, prin
         if "read" not in principal.scopes:
             raise ApiError(403, "scope_missing", "this needs a key with the scope 'read', or a signed link")
         return record
-    if record is not None and links.is_genuine(context.link_secret, path, query):
+    if record is not None and context.link_secrets.is_genuine(path, query):
         if record.status is Status.EXPIRED or record.expires_at <= now():
             raise _expired(context, record)
         message = "this link no longer works; ask for the generation again, its answer has a new one"

@@ -18,7 +18,7 @@ from service.schema import GenerateFields
 from service.settings import Settings
 from worker.contract import LOCAL, QUEUE, ModelCard, Record, Status, VideoSize, input_path, output_path
 from worker.queues import make_queue
-from worker.records import connect, now, publish_models
+from worker.records import Records, connect, now, publish_models
 from worker.storage import Storage
 
 PROMPT = "a red circle moves right quickly, static camera"
@@ -80,6 +80,7 @@ def an_hour_passes(monkeypatch):
     def pass_by() -> None:
         for module in ("jobs", "store"):
             monkeypatch.setattr(f"service.{module}.now", lambda: time.time() + 3700)
+        monkeypatch.setattr(Records, "moment", lambda _records: time.time() + 3700)
 
     return pass_by
 
@@ -191,14 +192,18 @@ def test_what_the_queue_has_lost_is_queued_again(store, submit, an_hour_passes, 
     assert store.reconcile() == 0
 
 
-def test_a_lost_job_is_not_begun_for_ever(store, submit, an_hour_passes):
+@pytest.mark.parametrize(
+    ("attempts", "deaths", "code"), [(4, 3, "worker_crashed"), (6, 2, "attempts_lost"), (5, 2, None)]
+)
+def test_a_lost_job_is_not_begun_for_ever(store, submit, an_hour_passes, attempts, deaths, code):
     record = submit(store)
-    store.records.change(record, (Status.QUEUED,), status=Status.RUNNING, attempt=3, started_at=now())
+    begun = {"attempt": attempts, "deaths": deaths, "started_at": now()}
+    store.records.change(record, (Status.QUEUED,), status=Status.RUNNING, **begun)
     rq_job(store, record).delete()
     an_hour_passes()
     assert store.reconcile() == 1
     after = store.get(record.id)
-    assert (after.status, after.error_code) == (Status.FAILED, "worker_crashed")
+    assert (after.status, after.error_code) == (Status.FAILED if code else Status.QUEUED, code)
 
 
 def test_a_cancel_whose_worker_is_gone_is_completed(store, submit, an_hour_passes):
@@ -228,9 +233,10 @@ def test_files_that_no_job_owns_are_removed_when_they_are_old(store, submit, tmp
     store.cancel(ended.id)
     half = tmp_path / "videos" / f".{ended.id}.mp4.0123abcd.tmp"
     half.write_bytes(b"x")
+    (tmp_path / output_path(ended.id, "mp4")).write_bytes(b"x")  # its worker died before the manifest
     assert store.sweep_orphans() == 0  # all of them could still be somebody's
     an_hour_passes()
-    assert store.sweep_orphans() == 3
+    assert store.sweep_orphans() == 4
     assert files(tmp_path) == {input_path(kept.id), input_path(ended.id)}
 
 

@@ -161,3 +161,49 @@ def test_a_deadline_is_that_of_its_own_job():
 def test_minus_one_is_no_deadline():
     with Deadline(-1, JobTimeoutException):
         current().check()
+
+
+def test_a_job_is_alone_when_those_before_it_are_over_and_those_after_it_wait():
+    flights = Flights(2, overlap=True)
+    first, second = begun(flights, 2)
+    first.denoise.set()
+    reach(first, "decoding")
+    third = begun(flights, 1)[0]
+    one, two, three = flights._flights
+    assert not flights.is_alone(two)  # the first is not over
+    one.wait_alone(lambda: setattr(three, "is_denoising", False) or setattr(two, "is_waiting", True))
+    assert one.is_denoising and not one.is_waiting
+    assert not has_room(flights)  # nobody begins beside it
+    for job in (first, second, third):
+        job.denoise.set(), job.decode.set()
+    flights.wait_for_all()
+
+
+def test_two_that_want_to_be_alone_do_not_wait_for_each_other():
+    flights = Flights(2)
+    alone: list[str] = []
+
+    def wait_alone(name: str) -> None:
+        both.wait()
+        current().wait_alone(lambda: None)
+        alone.append(name)
+
+    both = threading.Barrier(2)
+    for name in "ab":
+        flights.begin(name, lambda name=name: wait_alone(name))
+    flights.wait_for_all()
+    assert alone == ["a", "b"]
+
+
+def test_a_job_is_overdue_long_after_its_limit_and_not_after_the_clients():
+    flights = Flights()
+    [job] = begun(flights, 1)
+    flight = flights._flights[0]
+    flight.deadline = time.monotonic() - 100  # X-Deadline: it ends at its next step, however long that takes
+    assert not flights.is_overdue(50)
+    flight.limit = time.monotonic() - 100
+    assert flights.is_overdue(50)
+    assert not flights.is_overdue(150)
+    flight.limit = flight.deadline = time.monotonic() + 100
+    job.denoise.set(), job.decode.set()
+    flights.wait_for_all()

@@ -1,22 +1,27 @@
 """`generate` in this process, with a real Redis and a pipeline of a moment: late attempts, lost answers, odd errors."""
 
+import hashlib
 import io
 import json
+import threading
 import time
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from PIL import Image
+from redis.exceptions import TimeoutError as RedisTimeout
+from rq.exceptions import AbandonedJobError
 from rq.timeouts import JobTimeoutException
 
 from distill.prompt import Prompt
 from distill.student import Card, Video
 from tests.stack import new_record
 from worker import jobs
-from worker.attempts import claim
-from worker.contract import SECONDS_KEY, Phase, Record, Status, input_path, model_id, output_path
-from worker.flights import Cancelled, Flight, Flights, Interrupted
+from worker.attempts import claim, lost
+from worker.contract import MAX_ATTEMPTS, SECONDS_KEY, Phase, Record, Status, input_path, model_id, output_path
+from worker.engine.errors import EngineLost, OutOfMemory
+from worker.flights import Cancelled, Flight, Flights
 from worker.pipeline import Denoised
 from worker.records import Records, Refused, connect, now
 from worker.storage import Storage
@@ -48,7 +53,10 @@ class MomentaryPipeline:
 
     def __init__(self) -> None:
         self.during = self.amid = lambda: None
-        self.calls = 0
+        self.calls = self.freed = 0
+
+    def free_memory(self) -> None:
+        self.freed += 1
 
     def denoise(self, _image, _prompt, *, seed, on_progress):
         assert seed == 1
@@ -209,11 +217,11 @@ def test_a_job_that_rq_stops_is_cancelled_and_rq_hears_of_it(runtime, job, fligh
 
 
 @pytest.mark.parametrize("when", ["during", "amid"])
-def test_a_job_whose_worker_has_to_end_is_left_to_rq(runtime, job, flight, when, tmp_path):
+def test_a_job_whose_worker_has_to_end_is_handed_back_and_no_attempt_is_lost(runtime, job, flight, when, tmp_path):
     setattr(runtime.loaded.active, when, lambda: setattr(flight, "is_interrupted", True))
-    with pytest.raises(Interrupted):
-        jobs.generate(job.id)
-    assert runtime.records.get(job.id).status is Status.RUNNING
+    again = jobs.generate(job.id)
+    assert (again.enqueue_at_front, runtime.records.get(job.id).attempt) == (True, 0)
+    assert runtime.records.get(job.id).status is Status.QUEUED
     assert not list(tmp_path.glob("videos/*"))
 
 
@@ -264,3 +272,123 @@ def test_the_end_of_a_job_that_has_a_webhook_puts_it_into_the_outbox(runtime, jo
     jobs.generate(job.id)
     assert runtime.records.redis.zrange("flg:webhooks:due", 0, -1) == [job.id]
     assert runtime.records.redis.hget("flg:metrics", "jobs_total|model=m|status=succeeded") == "1"
+
+
+@pytest.mark.parametrize("stage", ["during", "amid"])
+def test_a_lack_of_memory_is_met_once_more_with_all_that_can_be_freed(runtime, job, stage):
+    pipeline, tries = runtime.loaded.active, []
+
+    def not_enough() -> None:
+        tries.append(pipeline.freed)
+        if len(tries) == 1:
+            raise OutOfMemory("CUDA out of memory")
+
+    setattr(pipeline, stage, not_enough)
+    jobs.generate(job.id)
+    after = runtime.records.get(job.id)
+    assert (after.status, after.attempt, tries) == (Status.SUCCEEDED, 1, [0, 1])
+
+
+def test_a_lack_of_memory_twice_fails_the_job_and_says_so(runtime, job):
+    def not_enough() -> None:
+        raise OutOfMemory("CUDA out of memory")
+
+    runtime.loaded.active.amid = not_enough
+    jobs.generate(job.id)
+    after = runtime.records.get(job.id)
+    assert (after.status, after.error_code, after.attempt) == (Status.FAILED, "out_of_memory", 1)
+    assert "CUDA" not in after.error_message
+    assert not runtime.storage.names("videos")
+    assert not runtime.is_lost
+
+
+@pytest.mark.parametrize("suffix", ["mp4", "jpg", "json"])
+def test_a_late_attempt_writes_none_of_the_files(runtime, job, monkeypatch, suffix):
+    """It is stopped right before one of them takes its place, and another attempt publishes the video meanwhile."""
+    write, late = Storage.write, []
+
+    def held_up(storage, path, data, check):
+        if path == output_path(job.id, suffix) and not late:
+            late.append(path)
+            other = claim(runtime.records, runtime.records.get(job.id), "worker-b")
+            for other_suffix in ("mp4", "jpg", "json"):
+                write(storage, output_path(job.id, other_suffix), b"the winner's")
+            runtime.records.change(other, (Status.RUNNING,), fence=True, status=Status.SUCCEEDED)
+        write(storage, path, data, check)
+
+    monkeypatch.setattr(Storage, "write", held_up)
+    jobs.generate(job.id)
+    after = runtime.records.get(job.id)
+    assert (late, after.status, after.worker) == ([output_path(job.id, suffix)], Status.SUCCEEDED, "worker-b")
+    assert {runtime.storage.read(output_path(job.id, one)) for one in ("mp4", "jpg", "json")} == {b"the winner's"}
+
+
+def test_what_an_attempt_has_left_in_part_is_made_anew(runtime, job):
+    jobs.generate(job.id)
+    runtime.storage.write(output_path(job.id, "mp4"), b"of another attempt")
+    runtime.records.redis.hset(f"flg:job:{job.id}", mapping={"status": "running", "progress": "0.9"})
+    jobs.generate(job.id)
+    assert runtime.loaded.active.calls == 2
+    manifest = json.loads(runtime.storage.read(output_path(job.id, "json")))
+    mp4 = runtime.storage.read(output_path(job.id, "mp4"))
+    assert manifest["video_sha256"] == hashlib.sha256(mp4).hexdigest()
+
+
+class Away:
+    """A storage that does not answer for its first calls."""
+
+    def __init__(self, monkeypatch, method: str, times: int) -> None:
+        self.calls, self._times, self._real = 0, times, getattr(Storage, method)
+        monkeypatch.setattr(Storage, method, lambda *arguments: self._call(*arguments))
+        monkeypatch.setattr(jobs, "_PAUSES_S", (0.01, 0.02))
+
+    def _call(self, *arguments):
+        self.calls += 1
+        if self.calls <= self._times:
+            raise OSError("the object store did not answer")
+        return self._real(*arguments)
+
+
+@pytest.mark.parametrize("method", ["read", "write"])
+def test_a_job_waits_for_the_storage(runtime, job, monkeypatch, method):
+    away = Away(monkeypatch, method, 5)
+    jobs.generate(job.id)
+    after = runtime.records.get(job.id)
+    assert (after.status, after.attempt, runtime.loaded.active.calls) == (Status.SUCCEEDED, 1, 1)
+    assert away.calls > 5
+
+
+def test_it_waits_no_longer_than_is_patient_and_can_be_cancelled_meanwhile(runtime, job, monkeypatch):
+    Away(monkeypatch, "write", 10**6)
+    runtime.patience_s = 0.1
+    with pytest.raises(OSError, match="did not answer"):
+        jobs.generate(job.id)  # rq tries again
+    runtime.patience_s = 60
+    runtime.loaded.active.amid = lambda: threading.Timer(
+        0.3, lambda: runtime.records.change(runtime.records.get(job.id), (Status.RUNNING,), status=Status.CANCELLING)
+    ).start()
+    jobs.generate(job.id)
+    assert runtime.records.get(job.id).status is Status.CANCELLED
+
+
+@pytest.mark.parametrize(
+    ("kinds", "code"),
+    [
+        ([AbandonedJobError] * 3, "worker_crashed"),
+        ([OSError, AbandonedJobError, EngineLost, AbandonedJobError], "worker_crashed"),
+        ([OSError] * 6, "storage_failed"),
+        ([RedisTimeout] * 6, "store_failed"),
+        ([AbandonedJobError] * 2 + [OSError] * 3 + [JobTimeoutException], "attempts_lost"),
+    ],
+)
+def test_what_a_job_is_given_up_for(runtime, job, kinds, code):
+    """Three workers that died, or as many attempts as there may be, whatever they were lost to."""
+    for number, kind in enumerate(kinds, 1):
+        claim(runtime.records, runtime.records.get(job.id), "worker-a")
+        in_queue = SimpleNamespace(args=(job.id,), retries_left=MAX_ATTEMPTS - number)
+        before = runtime.records.get(job.id)
+        assert (before.status, before.attempt) == (Status.RUNNING, number)
+        lost(runtime.records, in_queue, kind, kind("x"))
+    after = runtime.records.get(job.id)
+    assert (after.status, after.error_code, after.attempt) == (Status.FAILED, code, len(kinds))
+    assert after.finished_at and after.error_message

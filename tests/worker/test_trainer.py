@@ -415,17 +415,16 @@ def test_a_run_that_is_killed_three_times_is_given_up(run):
     assert run.record.error_code == "worker_crashed"
 
 
-def test_a_run_that_is_lost_three_times_is_given_up(run, monkeypatch):
+def test_a_run_that_is_lost_three_times_is_given_up(run):
     trainer = run.start_trainer("is_deaf")
     for attempt in (1, 2, 3):
         wait_for(lambda n=attempt: run.record.attempt == n and run.processes(), 30, f"attempt {attempt}")
         [job] = psutil.Process(trainer.pid).children()
         job.kill()
-    wait_for(lambda: not psutil.Process(trainer.pid).children(), 10, "the trainer to see it")
-    monkeypatch.setattr("service.store.now", lambda: time.time() + 60)
-    wait_for(run.store.reconcile, 10, "rq to give it up")
-    assert (run.record.status, run.record.error_code) == (Status.FAILED, "worker_crashed")
-    assert run.record.error_message == "every attempt at this distillation was lost"
+    run.wait(Status.FAILED)
+    assert (run.record.error_code, run.record.deaths) == ("worker_crashed", 3)
+    assert run.record.error_message == "3 workers have died while they were at this distillation"
+    assert not run.processes()
 
 
 @pytest.mark.parametrize(

@@ -7,3 +7,7 @@ class EngineError(Exception):
 
 class EngineLost(Exception):
     """A call could not be finished, and no later one can be: the worker has to be started anew."""
+
+
+class OutOfMemory(Exception):
+    """A call needed more memory than there is. Later ones may have enough; the engine is as it was."""

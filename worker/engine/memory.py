@@ -8,6 +8,7 @@
 
 from __future__ import annotations
 
+import gc
 from typing import Any, Literal
 
 import torch
@@ -71,3 +72,10 @@ def offload_groups(pipe: Any, device: torch.device) -> None:
 def weight_bytes(network: nn.Module) -> int:
     """What the weights take as they are kept, in bytes."""
     return sum(weight.numel() * weight.element_size() for weight in network.parameters())
+
+
+def free() -> None:
+    """Give back to the GPU what nothing here uses any more."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
