@@ -66,6 +66,8 @@ def main(arguments: list[str] | None = None) -> int:
     evaluate.add_argument(
         "--store-best", action="store_true", help="write the setting with the best score into the card (dev only)"
     )
+    _add_compare(commands.add_parser("compare", help="every method on the same work; the same command goes on"))
+    _add_tune(commands.add_parser("tune", help="choose guidance on the dev split; the same command goes on"))
     gate = commands.add_parser("gate", help="decide whether a new student may replace the active one")
     gate.add_argument("folder", type=Path, metavar="NEW", help="the new student's folder")
     gate.add_argument("--against", type=Path, required=True, metavar="ACTIVE", help="the folder that is served now")
@@ -104,6 +106,8 @@ def main(arguments: list[str] | None = None) -> int:
         return _publish(options)
     if options.command == "lineage":
         return _lineage(options)
+    if options.command in ("compare", "tune"):
+        return _compare(options) if options.command == "compare" else _tune(options)
     try:
         if options.command == "features":
             seeing = override(recipes.features_shapes(), options.set)
@@ -135,10 +139,76 @@ def _train(train: Callable[[], Path], folder: Path) -> int:
     except Interrupted:
         print(f"interrupted; the same command goes on from {folder}", file=sys.stderr)
         return RESUMABLE
-    except (Diverged, FloatingPointError, FolderError) as error:
+    except (ConfigError, Diverged, FloatingPointError, FolderError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0
+
+
+def _add_compare(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("recipe", help=f"one of: {', '.join(recipes.RECIPES)}")
+    parser.add_argument("folder", type=Path, help="keeps every row; the report is FOLDER/report.md")
+    parser.add_argument("--tier", choices=tuple(recipes.COMPARE_PRESETS), default="cpu", help="how much (cpu)")
+    parser.add_argument("--quick", action="store_const", const="quick", dest="tier", help="--tier quick: does it run?")
+    parser.add_argument("--budget", type=float, help="of each trained method, in updates of the unpruned DMD2 student")
+    parser.add_argument("--seeds", type=int, help="of the training")
+    parser.add_argument("--clips", type=int, help="of the test split, for the methods")
+    parser.add_argument("--noise-seeds", type=int)
+    parser.add_argument("--pairs", type=int, dest="diversity_pairs", help="for diversity; 0: not at all")
+    parser.add_argument("--groups", nargs="+", help="of: methods grid ablations")
+    parser.add_argument("--rows", nargs="+", help="only these, by name")
+    parser.add_argument("--tuned", action="store_true", help="with what `distill tune` chose in FOLDER")
+    parser.add_argument("--set", action="append", default=[], metavar="A.B=C", help="change one setting of the recipe")
+
+
+def _add_tune(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("recipe", help=f"one of: {', '.join(recipes.RECIPES)}")
+    parser.add_argument("folder", type=Path, help="keeps every row, best the one of `distill compare`")
+    parser.add_argument("--method", default="fastlightgen", help="whose settings (fastlightgen)")
+    parser.add_argument("--trials", type=int)
+    parser.add_argument("--budget", type=float, help="of the last rung, in updates of the unpruned DMD2 student")
+    parser.add_argument("--rungs", type=int)
+    parser.add_argument("--clips", type=int, help="of the dev split")
+    parser.add_argument("--set", action="append", default=[], metavar="A.B=C", help="change one setting of the recipe")
+
+
+def _given(options: argparse.Namespace, *names: str) -> list[str]:
+    values = {name: getattr(options, name) for name in names}
+    return [f"{name}={json.dumps(value)}" for name, value in values.items() if value is not None]
+
+
+def _compare(options: argparse.Namespace) -> int:
+    try:
+        quick = recipes.QUICK_RECIPE if options.tier == "quick" else []
+        recipe = recipes.load(options.recipe, [*quick, *options.set])
+        given = _given(options, "budget", "seeds", "clips", "noise_seeds", "diversity_pairs", "groups", "rows")
+        config = override(recipes.compare_shapes(), [*recipes.COMPARE_PRESETS[options.tier], *given])
+        if options.tuned:
+            choices = import_module("distill.tune").choices(options.folder)
+            config = config.model_copy(update={"choices": choices})
+    except ConfigError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    compare = import_module("distill.compare").compare
+    return _train(lambda: compare(options.folder, recipe, config, _say), options.folder)
+
+
+def _tune(options: argparse.Namespace) -> int:
+    try:
+        recipe = recipes.load(options.recipe, options.set)
+        config = override(recipes.tune_shapes(), _given(options, "trials", "budget", "rungs", "clips"))
+        tune = import_module("distill.tune")
+        if options.method not in tune.SPACES:
+            known = ", ".join(tune.SPACES)
+            raise ConfigError(f"--method {options.method}: nothing of it is searched; there are: {known}")
+    except ConfigError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return _train(lambda: tune.tune(options.folder, options.method, recipe, config, _say), options.folder)
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
 
 
 def _publish(options: argparse.Namespace) -> int:
@@ -173,7 +243,7 @@ def _evaluate(options: argparse.Namespace) -> int:
         from distill import evaluate
 
         out = options.out or Path("var/evaluations") / options.folder.resolve().name
-        results = evaluate.evaluate(options.folder, out, config, lambda line: print(line, file=sys.stderr, flush=True))
+        results = evaluate.evaluate(options.folder, out, config, _say)
         print((out / "report.md").read_text())
         if options.store_best:
             best = evaluate.store_best(options.folder, results)
@@ -193,16 +263,13 @@ def _gate(options: argparse.Namespace) -> int:
     from distill import gate
     from distill.student import FolderError
 
-    def say(line: str) -> None:
-        print(line, file=sys.stderr, flush=True)
-
     try:
         if options.catch_table:
-            verdicts = gate.failures(gate.Trial(options.folder, options.against, options.teacher, config, say))
+            verdicts = gate.failures(gate.Trial(options.folder, options.against, options.teacher, config, _say))
             print(gate.catch_table(verdicts))
             return 0 if gate.all_caught(verdicts) else REFUSED
         out = options.out or Path("var/gates") / options.folder.resolve().name
-        verdict = gate.gate(options.folder, options.against, options.teacher, out, config, say)
+        verdict = gate.gate(options.folder, options.against, options.teacher, out, config, _say)
     except (ConfigError, FolderError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

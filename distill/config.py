@@ -220,6 +220,9 @@ class GanConfig(Config):
 
     student_weight: Tunable[float] = Field(ge=0, description="of deceiving it; 0: none")
     critic_weight: Tunable[float] = Field(ge=0, description="of its own loss in the critic's")
+    tokens: Literal["last", "middle"] = Field(
+        default="last", description="what it reads: the critic's tokens after its last block, or at half its depth"
+    )
 
 
 class LimitsConfig(Config):
@@ -245,7 +248,8 @@ class MatchingConfig(Config):
     """Stage III: distribution matching with the well-guided teacher (`distill.stages.matching`).
 
     Raises:
-        ValueError: the real score is to hold a share of a LoRA that the critic does not have.
+        ValueError: the real score is to hold a share of a LoRA that the critic does not have, or the student to be
+            drawn to a real clip that it was not given.
     """
 
     scores: ScoresConfig
@@ -255,6 +259,9 @@ class MatchingConfig(Config):
     rollout: Tunable[Literal["renoise", "euler", "data"]] = Field(
         description="what the student starts from: its own steps re-noised (DMD2), its own Euler steps as at "
         "inference, or noised real latents"
+    )
+    truth_weight: float = Field(
+        default=0.0, ge=0, description="of the gradient towards the real clip (W2SVD's regularisation); 0: none"
     )
     score_shift: float = Field(gt=0)
     score_min: float = Field(gt=0, lt=1, description="noise levels of the scores are clamped to [min, max]")
@@ -266,15 +273,17 @@ class MatchingConfig(Config):
         _in_order("score_min and score_max", (self.score_min, self.score_max))
         if self.scores.alpha_weak > 0 and self.critic.kind != "lora":
             raise ValueError("scores.alpha_weak is a share of the critic's LoRA: set critic.kind=lora or alpha_weak=0")
+        if self.truth_weight > 0 and self.rollout != "data":
+            raise ValueError("truth_weight draws to the clip that was noised: set rollout=data or truth_weight=0")
         return self
 
 
 class StudentConfig(Config):
     """The few-step schedule that is trained for and saved: `FlowMatchEulerDiscreteScheduler` with these."""
 
-    num_inference_steps: int = Field(ge=2, description="of one step the last noise level cannot be set")
+    num_inference_steps: int = Field(ge=1)
     shift: float = Field(gt=0)
-    shift_terminal: float = Field(gt=0, lt=1, description="the last noise level before 0")
+    shift_terminal: float = Field(gt=0, lt=1, description="the last noise level before 0; of one step it is 1")
 
 
 class GroundTruthLimits(Config):
@@ -399,6 +408,109 @@ class DistillConfig(Config):
     pruning: PruningConfig
     matching: MatchingConfig
     gate: GateConfig = GateConfig()
+
+
+# --- the comparison of methods ----------------------------------------------------------------------------------------
+
+
+class EulerConfig(Config):
+    """The teacher itself in few steps, undistilled: the control (`distill.baselines.euler`)."""
+
+    kind: Literal["euler"] = "euler"
+    guidance_scale: float = Field(ge=1, description="standard unit: 1 is none")
+
+
+class LcmConfig(Config):
+    """Consistency distillation (`distill.baselines.lcm`)."""
+
+    kind: Literal["lcm"] = "lcm"
+    solver_steps: int = Field(gt=1, description="Euler steps of the teacher's path, two neighbours at a time")
+    guidance_scale: float = Field(ge=1, description="of the teacher's step, standard unit: 1 is none")
+    huber: float = Field(gt=0, description="below this distance the loss is square, above it linear")
+    fit: FitConfig
+
+
+class IcmdConfig(Config):
+    """Fewer blocks by matching features, as many steps as the teacher (`distill.baselines.icmd`)."""
+
+    kind: Literal["icmd"] = "icmd"
+    rho: float = Field(gt=0, lt=1, description="share of all block parameters that has to go")
+    feature_weight: float = Field(ge=0)
+    adversarial_weight: float = Field(ge=0)
+    head: OptimiserConfig
+    """Of the discriminator."""
+    fit: FitConfig
+
+
+class F3Config(Config):
+    """Training-free pruning by attention between frames (`distill.baselines.f3`)."""
+
+    kind: Literal["f3"] = "f3"
+    mode: Literal["block", "sublayer", "edges"] = Field(
+        description="what goes where little attention crosses frames: the block, its self-attention, or what crosses"
+    )
+    rho: float = Field(gt=0, lt=1, description="share of all block parameters, or of all layers where no block goes")
+    clips: int = Field(gt=0, le=DEV_CLIPS)
+    sigmas: int = Field(gt=0, description="noise levels that attention is averaged over")
+    queries: int = Field(gt=0, description="rows of the attention matrix, drawn for each layer, level and clip")
+
+
+class MethodConfig(Config):
+    """One row of the comparison as it is trained: a method, what it starts from, its settings."""
+
+    method: Literal["euler", "lcm", "dmd2", "magic", "icmd", "f3", "fastlightgen"]
+    weights: Literal["teacher", "pruned"] = Field(
+        description="what the student starts as: the teacher, or stage II's weights without the pruned blocks"
+    )
+    recipe: DistillConfig
+    """Teacher, data, stages I and II, the student's steps, and stage III of the methods that match distributions."""
+    own: EulerConfig | LcmConfig | IcmdConfig | F3Config | None = Field(
+        default=None, discriminator="kind", description="of the methods that do not"
+    )
+
+    @model_validator(mode="after")
+    def _own_is_the_method_s(self) -> Self:
+        matching = self.method in ("dmd2", "magic", "fastlightgen")
+        if (self.own.kind if self.own else None) != (None if matching else self.method):
+            raise ValueError(f"own: the settings of {self.method} are wanted; got {self.own!r}")
+        return self
+
+
+class CompareConfig(Config):
+    """What `distill compare` trains, evaluates and reports."""
+
+    tier: Literal["quick", "cpu", "gpu"] = Field(description="as the report says it")
+    budget: float = Field(gt=0, description="of each trained method, in updates of the unpruned DMD2 student")
+    pruning_share: float = Field(gt=0, lt=1, description="of the budget that stages I and II may use")
+    short_share: float = Field(gt=0, le=1, description="budget of a row of the grid or of an ablation")
+    seeds: int = Field(gt=0, description="of the training")
+    clips: int = Field(ge=2, description="of the test split, half of them with closed captions")
+    noise_seeds: int = Field(gt=0)
+    short_clips: int = Field(ge=2, description="clips (and one seed) of a row of the grid or of an ablation")
+    diversity_pairs: int = Field(ge=0, description="open (image, caption) pairs; 0 leaves diversity out")
+    diversity_samples: int = Field(ge=2)
+    groups: tuple[Literal["methods", "grid", "ablations"], ...]
+    rows: tuple[str, ...] = Field(description="only these, by name; none: every row of the groups")
+    choices: dict[str, tuple[str, ...]] = Field(description="by method, what `distill tune` chose, as A.B=C")
+    precision: Literal["float32", "bfloat16"]
+
+
+class TuneConfig(Config):
+    """What `distill tune` searches (`distill.tune`)."""
+
+    trials: int = Field(gt=0, description="settings that are tried")
+    budget: float = Field(gt=0, description="of a setting's last rung, in updates of the unpruned DMD2 student")
+    rungs: int = Field(gt=0, description="each has `reduction` times the budget of the one before")
+    reduction: int = Field(gt=1, description="one in so many settings goes on to the next rung")
+    pruning_share: float = Field(gt=0, lt=1)
+    clips: int = Field(ge=2, description="of the dev split, half of them closed")
+    diversity_pairs: int = Field(ge=1)
+    diversity_samples: int = Field(ge=2)
+    dynamic_degree: tuple[float, float] = Field(description="allowed, over the teacher's")
+    flicker: tuple[float, float] = Field(description="allowed, over the teacher's")
+    diversity: float = Field(gt=0, description="least allowed, over the teacher's")
+    seed: int = Field(ge=0)
+    precision: Literal["float32", "bfloat16"]
 
 
 def _in_order(names: str, ends: tuple[float, float]) -> None:

@@ -11,7 +11,7 @@ import json
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -125,10 +125,10 @@ class Yardstick:
         self.reconstruct = reconstruction(pipe)
         self.pairs: shapes.Clips | None = None
         if config.diversity_pairs:
-            _, indices = _by_kind(config.split, config.diversity_pairs)
+            _, indices = by_kind(config.split, config.diversity_pairs)
             self.pairs = shapes.clips(0, indices)
             futures = metrics.truth_futures(self.pairs, config.diversity_samples)
-            self.drawn_choices = _by_pair([metrics.choices_of(self.pairs.captions, scene) for scene in futures])
+            self.drawn_choices = by_pair([metrics.choices_of(self.pairs.captions, scene) for scene in futures])
         # A covariance of so many features wants more clips than features.
         self.classifier: features.ClipClassifier | None = None
         if FEATURES.exists() and config.seeds * config.clips > features.FEATURES:
@@ -154,7 +154,7 @@ class Yardstick:
         return distance, features.frechet_distance(self.world_again_NF, self.world_NF)
 
 
-def _by_pair(samples: Sequence[list[tuple[str, ...]]]) -> list[list[tuple[str, ...]]]:
+def by_pair(samples: Sequence[list[tuple[str, ...]]]) -> list[list[tuple[str, ...]]]:
     """From one list for each sample to one list for each (image, caption) pair."""
     return [list(pair) for pair in zip(*samples, strict=True)]
 
@@ -173,7 +173,7 @@ def settings_of(card: student.Card, config: EvaluateConfig) -> list[Setting]:
     return [Setting(*pair) for pair in product(steps, scales)]
 
 
-def _by_kind(split: str, count: int) -> tuple[list[int], list[int]]:
+def by_kind(split: str, count: int) -> tuple[list[int], list[int]]:
     """The first indices of a split with closed and with open captions, ``count`` of each.
 
     Raises:
@@ -191,7 +191,7 @@ def _by_kind(split: str, count: int) -> tuple[list[int], list[int]]:
 
 def draw_clips(split: str, count: int) -> tuple[shapes.Clips, np.ndarray]:
     """``count`` clips of a split, first closed captions, then as many open ones; and which are closed."""
-    closed, opened = _by_kind(split, count - count // 2)
+    closed, opened = by_kind(split, count - count // 2)
     clips = shapes.clips(0, closed[: count // 2] + opened)
     return clips, np.array([caption.closed for caption in clips.captions])
 
@@ -239,7 +239,7 @@ def _evaluate_setting(
     for seed in range(config.seeds):
         started = time.monotonic()
         seeds = [noise_seed(seed, index) for index in clips.source[1]]
-        made = make(pipe, card, setting, clips.video_BCTHW[:, :, 0], prompts, seeds, _precision(config))
+        made = make(pipe, card, setting, clips.video_BCTHW[:, :, 0], prompts, seeds, precision_of(config.precision))
         took = time.monotonic() - started
         seconds += took
         rows.append(metrics.measure(made, clips, yardstick.reconstruct).values)
@@ -260,25 +260,33 @@ def _evaluate_setting(
     return result, all_made[0]
 
 
-def _precision(config: EvaluateConfig) -> torch.dtype:
-    return torch.bfloat16 if config.precision == "bfloat16" else torch.float32
+def precision_of(name: str) -> torch.dtype:
+    """Of the transformer's matrix products, as configurations say it."""
+    return torch.bfloat16 if name == "bfloat16" else torch.float32
 
 
 def _diversity(pipe: Any, card: student.Card, yardstick: Yardstick, setting: Setting, say: Say) -> np.ndarray:
     """Entropy of the model's choices over that of the world's, for each of some open (image, caption) pairs."""
     if yardstick.pairs is None:
         return np.empty(0)
-    assert yardstick.pairs.source is not None
-    prompts = [str(caption) for caption in yardstick.pairs.captions]
-    made = []
-    for number in range(yardstick.config.diversity_samples):
-        seeds = [noise_seed(1000 + number, index) for index in yardstick.pairs.source[1]]
-        first_BCHW = yardstick.pairs.video_BCTHW[:, :, 0]
-        videos = make(pipe, card, setting, first_BCHW, prompts, seeds, _precision(yardstick.config))
-        made.append(metrics.choices(fitting.fit(videos, yardstick.pairs.scene)))
-    ratios = metrics.diversity(_by_pair(made), yardstick.drawn_choices).numpy()
-    say(f"{setting}: diversity {np.nanmean(ratios):.3f} over {len(prompts)} pairs")
+    made = [
+        made_choices(pipe, card, setting, yardstick.pairs, number, precision_of(yardstick.config.precision))
+        for number in range(yardstick.config.diversity_samples)
+    ]
+    ratios = metrics.diversity(by_pair(made), yardstick.drawn_choices).numpy()
+    say(f"{setting}: diversity {np.nanmean(ratios):.3f} over {len(ratios)} pairs")
     return ratios
+
+
+def made_choices(
+    pipe: Any, card: student.Card, setting: Setting, pairs: shapes.Clips, number: int, precision: torch.dtype
+) -> list[tuple[str, ...]]:
+    """What the model chose of all that these open captions leave open, in its sample of that number."""
+    assert pairs.source is not None
+    seeds = [noise_seed(1000 + number, index) for index in pairs.source[1]]
+    prompts = [str(caption) for caption in pairs.captions]
+    videos = make(pipe, card, setting, pairs.video_BCTHW[:, :, 0], prompts, seeds, precision)
+    return metrics.choices(fitting.fit(videos, pairs.scene))
 
 
 # --- intervals ------------------------------------------------------------------------------------------------------
@@ -287,21 +295,36 @@ def _diversity(pipe: Any, card: student.Card, yardstick: Yardstick, setting: Set
 def interval(values: np.ndarray, resamples: int = 2000) -> Interval:
     """Mean and 95 % interval of ``[seeds, clips]`` values by bootstrap over clips and seeds; NaN where nothing applies.
 
-    Of a difference of two settings' values (same clips, same noise) this is the paired interval.
+    Of a difference of two settings' values (same clips, same noise) this is the paired interval. There may be more
+    kinds of seeds than one, each an axis of its own before the clips'.
     """
-    chance = np.random.default_rng(0)
-    num_seeds, num_clips = values.shape
-    if not np.isfinite(values).any():
+    finite = np.isfinite(values)
+    if not finite.any():
         return float("nan"), float("nan"), float("nan")
-    means = []
-    for _ in range(resamples):
-        seeds = chance.integers(num_seeds, size=num_seeds)
-        clips = chance.integers(num_clips, size=num_clips)
-        picked = values[np.ix_(seeds, clips)]
-        if np.isfinite(picked).any():
-            means.append(np.nanmean(picked))
-    low, high = np.percentile(means, [2.5, 97.5])
+    seeds, clips = _draws(values.shape, resamples)
+
+    def totals(array: np.ndarray) -> np.ndarray:
+        return ((seeds @ array.reshape(-1, array.shape[-1])) * clips).sum(1)
+
+    sums, counts = totals(np.where(finite, values, 0.0)), totals(finite.astype(float))
+    low, high = np.percentile(sums[counts > 0] / counts[counts > 0], [2.5, 97.5])
     return float(np.nanmean(values)), float(low), float(high)
+
+
+@lru_cache(maxsize=16)
+def _draws(shape: tuple[int, ...], resamples: int) -> tuple[np.ndarray, np.ndarray]:
+    """How often each (combination of) seeds, and each clip, is in each resample: always the same draws."""
+    chance = np.random.default_rng(0)
+    drawn = [np.empty((resamples, count)) for count in shape]
+    for resample in range(resamples):
+        for often in drawn:
+            count = often.shape[1]
+            often[resample] = np.bincount(chance.integers(count, size=count), minlength=count)
+    *kinds, clips = drawn
+    seeds = kinds[0]
+    for more in kinds[1:]:
+        seeds = (seeds[:, :, None] * more[:, None]).reshape(resamples, -1)
+    return seeds, clips
 
 
 def part_of(values: np.ndarray, closed: np.ndarray, part: str) -> np.ndarray:

@@ -261,6 +261,7 @@ def fit(
     rivals: Sequence[Rival] = (),
     alarm: Callable[[dict[str, float]], str | None] = lambda _values: None,
     patience: int = 1,
+    shadow: nn.Module | None = None,
 ) -> None:
     """Minimise ``loss`` over the trainable parameters of ``model``; on return the model holds the averaged weights.
 
@@ -275,6 +276,7 @@ def fit(
         rivals: networks that are updated before each step, each by its own loss. They are left as they end up.
         alarm: told what ``sample`` returned and the last logged means; says what is wrong, or None.
         patience: alarms in a row that end the stage, with the last weights that set off none.
+        shadow: a copy of ``model`` that has the averaged weights throughout: a target for the loss.
 
     Raises:
         Interrupted: a signal came; the checkpoint holds every step done.
@@ -297,6 +299,9 @@ def fit(
         start, alarms, good, good_step = (state[name] for name in ("step", "alarms", "good", "good_step"))
         log.load(state["log"])
         run.say(f"{stage}: resumed at step {start}")
+    if shadow is not None:
+        for name, parameter in shadow.named_parameters():
+            parameter.data = first.average[name]  # which is changed in place
 
     def save(step: int) -> None:
         states = {name: trained.state() for name, trained in {"": first, **others}.items()}

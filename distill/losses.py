@@ -11,7 +11,7 @@ from typing import Literal
 
 import torch
 from torch import Tensor
-from torch.nn.functional import softplus
+from torch.nn.functional import relu, softplus
 
 
 def flow_matching(velocity_BCTHW: Tensor, x0_BCTHW: Tensor, noise_BCTHW: Tensor) -> Tensor:
@@ -111,8 +111,31 @@ def discriminator(real_logit_B: Tensor, fake_logit_B: Tensor) -> Tensor:
 
 
 def deceive(fake_logit_B: Tensor) -> Tensor:
-    """The student's side of ``discriminator``: mean softplus(-D(fake))."""
+    """The student's side, of ``discriminator`` and of ``hinge``: mean softplus(-D(fake)), which is -log sigmoid D."""
     return softplus(-fake_logit_B).mean()
+
+
+# --- other methods ---------------------------------------------------------------------------------------------------
+
+
+def pseudo_huber(difference_BCTHW: Tensor, width: float) -> Tensor:
+    """mean sqrt(d^2 + c^2) - c, the given first frame left out (Song and Dhariwal 2024; LCM's code)."""
+    return ((difference_BCTHW[:, :, 1:].float().square() + width**2).sqrt() - width).mean()
+
+
+def feature_distance(student_BTND: Tensor, teacher_BTND: Tensor) -> Tensor:
+    """ICMD's individual content distillation of one block: || h^S - h^T ||^2 / || h^T ||^2, frame by frame (ported).
+
+    The given first frame is left out.
+    """
+    student_BTND, teacher_BTND = student_BTND[:, 1:].float(), teacher_BTND[:, 1:].detach().float()
+    apart_BT = (student_BTND - teacher_BTND).square().mean(dim=(2, 3))
+    return (apart_BT / teacher_BTND.square().mean(dim=(2, 3))).mean()
+
+
+def hinge(real_logit_B: Tensor, fake_logit_B: Tensor) -> Tensor:
+    """The discriminator's side in ICMD: mean max(0, 1 - D(real)) + max(0, 1 + D(fake))."""
+    return relu(1 - real_logit_B).mean() + relu(1 + fake_logit_B).mean()
 
 
 # --- pixels ---------------------------------------------------------------------------------------------------------

@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from distill.config import (
     CallConfig,
+    CompareConfig,
     ConfigError,
     CriticConfig,
     DistillConfig,
@@ -27,6 +28,7 @@ from distill.config import (
     StudentConfig,
     TeachConfig,
     TransformerConfig,
+    TuneConfig,
     VaeConfig,
     VaePhase,
     override,
@@ -168,6 +170,41 @@ def distill_shapes() -> DistillConfig:
                 weight_decay=0.0, clip_norm=1.0, ema_decay=0.98, log_every=5, checkpoint_every=20, sample_every=50,
             ),
         ),
+    )  # fmt: skip
+
+
+def compare_shapes() -> CompareConfig:
+    """The comparison as far as two cores go."""
+    return CompareConfig(
+        tier="cpu", budget=300, pruning_share=0.5, short_share=0.2, seeds=1, clips=256, noise_seeds=3, short_clips=64,
+        diversity_pairs=16, diversity_samples=8, groups=("methods", "grid", "ablations"), rows=(),
+        choices={}, precision="bfloat16",
+    )  # fmt: skip
+
+
+COMPARE_PRESETS = {
+    "cpu": [],
+    "gpu": ["tier=gpu", "budget=3000", "seeds=3", "diversity_pairs=32", "diversity_samples=16", "short_clips=256"],
+    # Every method and one row of each other group, a few updates of each: whether all of it runs.
+    "quick": [
+        "tier=quick", "budget=2.5", "short_share=1", "clips=6", "noise_seeds=1", "short_clips=6", "diversity_pairs=2",
+        "diversity_samples=2", "precision=float32",
+    ],
+}  # fmt: skip
+"""Tiers: what each changes."""
+QUICK_RECIPE = [
+    "num_clips=64", "compile=false", "importance.clips=4", "importance.sigmas=2", "pruning.fit.batch=4", "watched=2",
+    "matching.fit.batch=4", "matching.critic.updates=2",
+]  # fmt: skip
+"""What the quick tier changes of the recipe."""
+
+
+def tune_shapes() -> TuneConfig:
+    """The search for (alpha, beta_1, beta_2) as far as two cores go."""
+    return TuneConfig(
+        trials=12, budget=60, rungs=3, reduction=2, pruning_share=0.5, clips=64, diversity_pairs=8,
+        diversity_samples=8, dynamic_degree=(0.9, 1.1), flicker=(0.7, 1.3), diversity=0.85, seed=0,
+        precision="bfloat16",
     )  # fmt: skip
 
 

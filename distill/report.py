@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from matplotlib.figure import Figure
-from PIL import Image
+from PIL import Image, ImageDraw
 from torch import Tensor
 
 
@@ -98,6 +98,55 @@ def columns(path: Path, values: Sequence[float], errors: Sequence[float], kinds:
     axes.set_title(title)
     axes.legend(fontsize="small")
     save(figure, path)
+
+
+def scatter(
+    path: Path, points: dict[str, tuple[float, tuple[float, float, float]]], x_label: str, y_label: str
+) -> None:
+    """A named point with its interval for each; the horizontal axis is logarithmic. PNG, written aside and renamed.
+
+    Args:
+        path: where to.
+        points: name -> (x, (mean, low, high)).
+        x_label: of the horizontal axis.
+        y_label: of the vertical one.
+    """
+    figure = Figure(figsize=(7.5, 5), layout="constrained")
+    axes = figure.subplots()
+    for number, (name, (x, (mean, low, high))) in enumerate(points.items()):
+        marker = "o^sDvP*X"[number % 8]
+        axes.errorbar([x], [mean], yerr=[[mean - low], [high - mean]], fmt=marker, capsize=2, label=name)
+    axes.set_xscale("log")
+    axes.set_xlabel(x_label)
+    axes.set_ylabel(y_label)
+    axes.grid(alpha=0.3)
+    figure.legend(loc="outside right upper", fontsize="small")
+    save(figure, path)
+
+
+def side_by_side(path: Path, videos_BCTHW: dict[str, Tensor], frames: int = 4, margin: int = 150) -> None:
+    """One PNG: a named row for each of ``videos_BCTHW``, in it every clip by some evenly spaced frames.
+
+    Args:
+        path: written aside and renamed.
+        videos_BCTHW: name -> the same clips, values in [-1, 1].
+        frames: of each clip, first and last among them.
+        margin: pixels for the names.
+    """
+    rows, gap = [], 4
+    for video in videos_BCTHW.values():
+        columns = torch.linspace(0, video.shape[2] - 1, frames).round().long()
+        tiles = [torch.cat([*clip[:, columns].unbind(1), torch.ones(3, video.shape[3], gap)], 2) for clip in video]
+        rows.append(torch.cat([torch.ones(3, video.shape[3], margin), *tiles], dim=2).clamp(-1, 1))
+    pixels_HWC = ((torch.cat(rows, dim=1) + 1) * 127.5).round().byte().permute(1, 2, 0).contiguous()
+    sheet = Image.fromarray(pixels_HWC.numpy())
+    draw = ImageDraw.Draw(sheet)
+    for number, name in enumerate(videos_BCTHW):
+        draw.text((4, number * rows[number].shape[1] + rows[number].shape[1] // 2 - 6), name, fill="black")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_suffix(".tmp.png")
+    sheet.save(aside)
+    os.replace(aside, path)
 
 
 def events(folder: Path) -> list[dict[str, Any]]:

@@ -14,6 +14,8 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -39,21 +41,14 @@ def distil(folder: Path, config: DistillConfig, begun: Path | None = None) -> Pa
         Interrupted: a signal came; the same command goes on.
         Diverged: a stage had no good weights to keep.
     """
-    teacher = student.read_card(Path(config.teacher))
-    if teacher.kind != "teacher":
-        raise ConfigError(f"{config.teacher} is a {teacher.kind}; give the folder of a teacher")
-    base.load(teacher.backbone, teacher.task)
-    run = Run(folder, config.seed)
     out = folder / "student"
-    with run.handling_signals():
-        _begin(folder, config, teacher.sha256, begun)
-        given = Given(run, config)
+    with opened(folder, config, begun) as (run, given):
         few = config.student
         scheduler = schedule.few_step_scheduler(few.shift, few.shift_terminal, few.num_inference_steps)
         found = importance.run(run, given, config.importance, config.pruning.unimportant)
         whole = pruning.run(run, given, found, config.pruning)
         watched = watch.Watch(run, given, scheduler)
-        transformer = matching.run(run, given, found, whole, config.matching, scheduler, watched)
+        transformer = matching.run(run, given, found.pruned, whole, config.matching, scheduler, watched)
         if not (folder / "report.md").exists():  # written last
             card = save(out, given, found, transformer, scheduler, run)
             sheet = folder / "samples" / "student.png"
@@ -70,21 +65,69 @@ def distil(folder: Path, config: DistillConfig, begun: Path | None = None) -> Pa
     return out
 
 
+def prepare(folder: Path, config: DistillConfig, begun: Path | None, prune: bool) -> None:
+    """The part of a run that others take over: the latents, and stages I and II if ``prune``. Raises as ``distil``."""
+    with opened(folder, config, begun) as (run, given):
+        if prune:
+            found = importance.run(run, given, config.importance, config.pruning.unimportant)
+            pruning.run(run, given, found, config.pruning)
+
+
+@contextmanager
+def opened(folder: Path, config: DistillConfig, begun: Path | None) -> Iterator[tuple[Run, Given]]:
+    """A run's folder, begun or found again, with what every stage is given. Raises as ``distil``."""
+    teacher = student.read_card(Path(config.teacher))
+    if teacher.kind != "teacher":
+        raise ConfigError(f"{config.teacher} is a {teacher.kind}; give the folder of a teacher")
+    base.load(teacher.backbone, teacher.task)
+    run = Run(folder, config.seed)
+    with run.handling_signals():
+        _begin(folder, config, teacher.sha256, begun)
+        yield run, Given(run, config)
+
+
 def save(
     out: Path, given: Given, found: importance.Importance, transformer: Any, scheduler: Any, run: Run
 ) -> student.Card:
     """Write the student: a stock pipeline folder in fp16 whose scheduler is its few steps, and `student.json`."""
-    config, card = given.config, given.card
+    config = given.config
     few = config.student
-    pruned = tuple(found.pruned)
-    kept = tuple(i for i in range(len(found.drop)) if i not in pruned)
-    count = sum(p.numel() for p in transformer.parameters())
-    wall_s = report.seconds_by_stage(run.folder)
-    done = {event["stage"]: event["step"] for event in report.events(run.folder)}
-    made = lineage.stages(run.folder, config, card.sha256)
+    return write_student(
+        out,
+        given,
+        transformer,
+        scheduler,
+        found.pruned,
+        {"num_inference_steps": few.num_inference_steps, "guidance_scale": 1.0},
+        lineage.stages(run.folder, config, given.card.sha256),
+        name=config.name,
+        guidance=config.matching.scores.model_dump(mode="json"),
+        parent_sha256=lineage.parents(run.folder),
+    )
+
+
+def write_student(
+    out: Path, given: Given, transformer: Any, scheduler: Any, pruned: Collection[int], call: dict[str, Any],
+    stages: list[dict[str, Any]], **card: Any,
+) -> student.Card:  # fmt: skip
+    """Write a transformer made from the teacher as a stock pipeline folder in fp16, with `student.json`.
+
+    Args:
+        pruned: the teacher's blocks that it does not have.
+        call: what differs from the teacher's.
+        stages: what the card says of each; how long it took and how many steps it had is added from the run's events.
+        card: its other fields.
+    """
+    of, whole = given.card, given.teacher
+    call = {**of.call, **call}
+    counts = [sum(p.numel() for p in block.parameters()) for block in given.backbone.blocks(whole)]
+    gone = sum(counts[block] for block in pruned)
+    kept = tuple(i for i in range(len(counts)) if i not in pruned)
+    wall_s = report.seconds_by_stage(out.parent)
+    done = {event["stage"]: event["step"] for event in report.events(out.parent)}
     stages = [
         {**entry, "iterations": done.get(entry["name"], 0), "wall_s": round(wall_s.get(entry["name"], 0.0))}
-        for entry in made
+        for entry in stages
     ]
 
     def save_parts(aside: Path) -> None:
@@ -98,23 +141,26 @@ def save(
         given.folder,
         student.Card(
             kind="student",
-            name=config.name,
             created_at=student.now(),
-            backbone=card.backbone,
-            task=card.task,
-            parameters={**card.parameters, "transformer": count},
-            call={**card.call, "num_inference_steps": few.num_inference_steps, "guidance_scale": 1.0},
-            sigmas=schedule.visited(scheduler, few.num_inference_steps),
-            prompt=card.prompt,
-            video=card.video,
-            stages=(*card.stages, *stages),
+            backbone=of.backbone,
+            task=of.task,
+            parameters={**of.parameters, "transformer": sum(p.numel() for p in transformer.parameters())},
+            call=call,
+            sigmas=schedule.visited(scheduler, call["num_inference_steps"]),
+            prompt=of.prompt,
+            video=of.video,
+            stages=(*of.stages, *stages),
             metrics={},
             files={},
-            teacher=student.Origin(name=card.name, sha256=card.sha256),
-            blocks=student.Blocks(kept=kept, pruned=pruned, block_ratio=found.block_ratio, ratio=found.ratio),
-            guidance=config.matching.scores.model_dump(mode="json"),
+            teacher=student.Origin(name=of.name, sha256=of.sha256),
+            blocks=student.Blocks(
+                kept=kept,
+                pruned=tuple(sorted(pruned)),
+                block_ratio=1 - gone / sum(counts),
+                ratio=1 - gone / sum(p.numel() for p in whole.parameters()),
+            ),
             code=student.code_version(),
-            parent_sha256=lineage.parents(run.folder),
+            **card,
         ),
         save_parts,
     )

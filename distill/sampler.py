@@ -45,12 +45,31 @@ def sample(
         noise_BCTHW: see ``draw_noise``.
         precision: of the transformer's matrix products; bfloat16 is three times as fast on a CPU that has it.
     """
-    device, batch, scale = pipe.transformer.device, len(prompts), call["guidance_scale"]
+    first_BC1HW, text_BLD = encode(pipe, first_BCHW, prompts, call)
+    x_BCTHW = denoise(pipe, first_BC1HW, text_BLD, call, noise_BCTHW, precision)
+    return wan.decode_latents(pipe.vae, x_BCTHW)
+
+
+@torch.no_grad()
+def encode(pipe: Any, first_BCHW: Tensor, prompts: Sequence[str], call: dict[str, Any]) -> tuple[Tensor, Tensor]:
+    """The conditions: latents ``[B, C, 1, H, W]`` of the first frames, and embeddings of the prompts.
+
+    Where ``call`` asks for guidance the embeddings of as many empty prompts follow.
+    """
+    first_BC1HW = wan.encode_video(pipe.vae, first_BCHW[:, :, None].to(pipe.transformer.device))
+    texts = [*prompts, *([""] * len(prompts) if call["guidance_scale"] > 1 else [])]
+    return first_BC1HW, wan.encode_text(pipe.tokenizer, pipe.text_encoder, texts, call["max_sequence_length"])
+
+
+@torch.no_grad()
+def denoise(
+    pipe: Any, first_BC1HW: Tensor, text_BLD: Tensor, call: dict[str, Any], noise_BCTHW: Tensor,
+    precision: torch.dtype = torch.float32,
+) -> Tensor:  # fmt: skip
+    """Latents ``[B, C, T, H, W]`` from noise and ``encode``'s conditions."""
+    device, scale = pipe.transformer.device, call["guidance_scale"]
     pipe.scheduler.set_timesteps(call["num_inference_steps"])
-    first_BC1HW = wan.encode_video(pipe.vae, first_BCHW[:, :, None].to(device))
     guided = scale > 1
-    texts = [*prompts, *([""] * batch if guided else [])]
-    text_BLD = wan.encode_text(pipe.tokenizer, pipe.text_encoder, texts, call["max_sequence_length"])
     firsts = torch.cat([first_BC1HW] * 2) if guided else first_BC1HW
     x_BCTHW = noise_BCTHW.to(device)
     for sigma, after in pairwise(pipe.scheduler.sigmas.tolist()):
@@ -62,4 +81,4 @@ def sample(
             with_text, without = predicted.chunk(2)
             predicted = without + scale * (with_text - without)
         x_BCTHW = x_BCTHW + (after - sigma) * predicted
-    return wan.decode_latents(pipe.vae, torch.cat([first_BC1HW, x_BCTHW[:, :, 1:]], dim=2))
+    return torch.cat([first_BC1HW, x_BCTHW[:, :, 1:]], dim=2)

@@ -35,6 +35,8 @@ def few_step_scheduler(shift: float, shift_terminal: float, num_steps: int) -> F
     The Wan pipelines take no list of noise levels, so the schedule has to live in the scheduler that is saved. Four
     steps of (2.5, .625) visit 1, .937, .833, .625: the levels that 1000/750/500/250 have under shift 5.
     """
-    scheduler = FlowMatchEulerDiscreteScheduler(shift=shift, shift_terminal=shift_terminal)
+    # The one step of a single one is both the first level and the last.
+    terminal = shift_terminal if num_steps > 1 else None
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=shift, shift_terminal=terminal)
     scheduler.set_timesteps(num_steps)
     return scheduler

@@ -30,8 +30,9 @@ class Backbone(Protocol):
     def without_blocks(self, transformer: Any, pruned: Collection[int]) -> Any:
         """A new transformer with these blocks gone for good."""
 
-    def last_tokens(self, transformer: Any) -> AbstractContextManager[list[Tensor]]:
-        """Within it, each call adds its residual stream after the last block, ``[B, N, D]``, to the list."""
+    def tokens_after(self, transformer: Any, places: Collection[int]) -> AbstractContextManager[list[Tensor]]:
+        """Within it, each call adds its residual streams after these of the blocks that it runs, ``[B, N, D]`` each, to
+        the list; -1 is the last one."""
 
     def width(self, transformer: Any) -> int:
         """D of the residual stream."""
@@ -58,6 +59,22 @@ class Backbone(Protocol):
 
     def exporting(self, transformer: Any) -> AbstractContextManager[None]:
         """Within it, ``transformer`` computes the same by operators that an engine's compiler can fuse."""
+
+    def attention_between_frames(
+        self, transformer: Any, num_frames: int, queries: int, generator: Any
+    ) -> AbstractContextManager[dict[int, list[float]]]:
+        """Within it, each call adds to each block's list the share of self-attention that crosses frames."""
+
+    def within_frames(
+        self, transformer: Any, limited: Collection[int], num_frames: int
+    ) -> AbstractContextManager[None]:
+        """Within it, self-attention of these blocks sees no other frame."""
+
+    def silence_self_attention(self, transformer: Any, silenced: Collection[int]) -> None:
+        """Self-attention of these blocks adds nothing from now on."""
+
+    def self_attention_share(self, transformer: Any) -> float:
+        """Of a block's parameters those of its self-attention."""
 
     def with_parts(self, pipe: Any, transformer: Any, scheduler: Any) -> Any:
         """The stock pipeline of ``pipe``'s other parts with these two."""

@@ -160,18 +160,26 @@ class _ExportAttnProcessor(WanAttnProcessor):
         attention_mask: Tensor | None = None,
         rotary_emb: tuple[Tensor, Tensor] | None = None,
     ) -> Tensor:
-        if attn.add_k_proj is not None:
-            raise NotImplementedError("attention to image embeddings (Wan2.1-I2V) has no export yet")
-        context = hidden_states if encoder_hidden_states is None else encoder_hidden_states
-        query = attn.norm_q(attn.to_q(hidden_states)).unflatten(2, (attn.heads, -1))
-        key = attn.norm_k(attn.to_k(context)).unflatten(2, (attn.heads, -1))
-        value = attn.to_v(context).unflatten(2, (attn.heads, -1))
-        if rotary_emb is not None:
-            query, key = rotated(query, *rotary_emb), rotated(key, *rotary_emb)
+        query, key, value = _projected(attn, hidden_states, encoder_hidden_states, rotary_emb)
         heads = F.scaled_dot_product_attention(
             query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2), attn_mask=attention_mask
         )
         return attn.to_out[1](attn.to_out[0](heads.transpose(1, 2).flatten(2, 3).type_as(query)))
+
+
+def _projected(
+    attn: Any, hidden_BND: Tensor, context_BND: Tensor | None, rotary_emb: tuple[Tensor, Tensor] | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries, keys and values ``[B, N, H, D]`` as the stock processor has them."""
+    if attn.add_k_proj is not None:
+        raise NotImplementedError("attention to image embeddings (Wan2.1-I2V) is not written out here yet")
+    context_BND = hidden_BND if context_BND is None else context_BND
+    query = attn.norm_q(attn.to_q(hidden_BND)).unflatten(2, (attn.heads, -1))
+    key = attn.norm_k(attn.to_k(context_BND)).unflatten(2, (attn.heads, -1))
+    value = attn.to_v(context_BND).unflatten(2, (attn.heads, -1))
+    if rotary_emb is not None:
+        query, key = rotated(query, *rotary_emb), rotated(key, *rotary_emb)
+    return query, key, value
 
 
 def rotated(x_BNHD: Tensor, cos_D: Tensor, sin_D: Tensor) -> Tensor:
@@ -210,14 +218,32 @@ def width(transformer: Any) -> int:
 
 
 @contextmanager
-def last_tokens(transformer: Any) -> Iterator[list[Tensor]]:
-    """Within it, each call adds the residual stream after the last block, ``[B, N, D]``, to the list."""
+def tokens_after(transformer: Any, places: Collection[int]) -> Iterator[list[Tensor]]:
+    """Within it, each call adds the residual streams after these of the blocks that it runs, ``[B, N, D]`` each, to the
+    list; -1 is the last one."""
+    whole = transformer.blocks
     seen: list[Tensor] = []
-    hook = transformer.norm_out.register_forward_pre_hook(lambda _module, inputs: seen.append(inputs[0]))
+    wanted = {place % len(whole) for place in places}
+    # Beside the blocks and no hook on them: a compiled block would be compiled anew.
+    transformer.blocks = nn.ModuleList(
+        part for i, block in enumerate(whole) for part in ((block, _Tap(seen)) if i in wanted else (block,))
+    )
     try:
         yield seen
     finally:
-        hook.remove()
+        transformer.blocks = whole
+
+
+class _Tap(nn.Module):
+    """Stands where a block does, passes the stream on and notes it."""
+
+    def __init__(self, seen: list[Tensor]) -> None:
+        super().__init__()
+        self._seen = seen
+
+    def forward(self, hidden_BND: Tensor, *_: Any) -> Tensor:
+        self._seen.append(hidden_BND)
+        return hidden_BND
 
 
 def without_blocks(transformer: Any, pruned: Collection[int]) -> WanTransformer3DModel:
@@ -239,3 +265,99 @@ def _renumbered(weights: dict[str, Tensor], kept: list[int]) -> dict[str, Tensor
         elif (number := int(tail[0])) in kept:
             after[".".join(["blocks", str(kept.index(number)), *tail[1:]])] = weight
     return after
+
+
+# --- attention between frames -----------------------------------------------------------------------------------------
+
+
+@contextmanager
+def attention_between_frames(
+    transformer: Any, num_frames: int, queries: int, generator: torch.Generator
+) -> Iterator[dict[int, list[float]]]:
+    """Within it, each call adds to each block's list the share of self-attention that crosses frames.
+
+    The mean over heads and ``queries`` random rows a clip of ``sum_{j: frame(j) != frame(i)} A_ij``.
+    """
+    shares: dict[int, list[float]] = {i: [] for i in range(len(transformer.blocks))}
+    with _processors(
+        transformer, {i: _MeasuringAttnProcessor(num_frames, queries, generator, shares[i]) for i in shares}
+    ):
+        yield shares
+
+
+@contextmanager
+def within_frames(transformer: Any, limited: Collection[int], num_frames: int) -> Iterator[None]:
+    """Within it, self-attention of the blocks ``limited`` sees no other frame."""
+    with _processors(transformer, {i: _WithinFrameAttnProcessor(num_frames) for i in limited}):
+        yield
+
+
+def silence_self_attention(transformer: Any, silenced: Collection[int]) -> None:
+    """Self-attention of these blocks adds nothing from now on: what its last layer gives is 0."""
+    for i in silenced:
+        last = transformer.blocks[i].attn1.to_out[0]
+        with torch.no_grad():
+            last.weight.zero_()
+            last.bias.zero_()
+
+
+def self_attention_share(transformer: Any) -> float:
+    """Of a block's parameters those of its self-attention."""
+    block = transformer.blocks[0]
+    return sum(p.numel() for p in block.attn1.parameters()) / sum(p.numel() for p in block.parameters())
+
+
+@contextmanager
+def _processors(transformer: Any, by_block: Mapping[int, WanAttnProcessor]) -> Iterator[None]:
+    """Within it, self-attention of these blocks is computed by other processors."""
+    before = {i: transformer.blocks[i].attn1.processor for i in by_block}
+    for i, processor in by_block.items():
+        transformer.blocks[i].attn1.set_processor(processor)
+    try:
+        yield
+    finally:
+        for i, processor in before.items():
+            transformer.blocks[i].attn1.set_processor(processor)
+
+
+class _MeasuringAttnProcessor(WanAttnProcessor):
+    """The stock attention, which notes how much of it goes to other frames."""
+
+    def __init__(self, num_frames: int, queries: int, generator: torch.Generator, shares: list[float]) -> None:
+        super().__init__()
+        self._num_frames, self._queries, self._generator, self._shares = num_frames, queries, generator, shares
+
+    def __call__(
+        self, attn: Any, hidden_states: Tensor, encoder_hidden_states: Tensor | None = None,
+        attention_mask: Tensor | None = None, rotary_emb: tuple[Tensor, Tensor] | None = None,
+    ) -> Tensor:  # fmt: skip
+        query_BNHD, key_BNHD, _ = _projected(attn, hidden_states, encoder_hidden_states, rotary_emb)
+        count = key_BNHD.shape[1]
+        frame_N = torch.arange(count) // (count // self._num_frames)
+        row_Q = torch.randint(count, (self._queries,), generator=self._generator)
+        scores_BHQN = torch.einsum("bqhd,bnhd->bhqn", query_BNHD[:, row_Q].float(), key_BNHD.float())
+        attention_BHQN = (scores_BHQN / query_BNHD.shape[-1] ** 0.5).softmax(-1)
+        elsewhere_QN = (frame_N[row_Q, None] != frame_N).to(attention_BHQN)
+        self._shares.append((attention_BHQN * elsewhere_QN).sum(-1).mean().item())
+        return super().__call__(attn, hidden_states, encoder_hidden_states, attention_mask, rotary_emb)
+
+
+class _WithinFrameAttnProcessor(WanAttnProcessor):
+    """Attention that is block-diagonal over frames: each frame is a clip of its own."""
+
+    def __init__(self, num_frames: int) -> None:
+        super().__init__()
+        self._num_frames = num_frames
+
+    def __call__(
+        self, attn: Any, hidden_states: Tensor, encoder_hidden_states: Tensor | None = None,
+        attention_mask: Tensor | None = None, rotary_emb: tuple[Tensor, Tensor] | None = None,
+    ) -> Tensor:  # fmt: skip
+        def by_frame(x_BNHD: Tensor) -> Tensor:
+            return x_BNHD.unflatten(1, (self._num_frames, -1)).flatten(0, 1).transpose(1, 2)
+
+        query, key, value = _projected(attn, hidden_states, encoder_hidden_states, rotary_emb)
+        query, key, value = by_frame(query), by_frame(key), by_frame(value)
+        heads = F.scaled_dot_product_attention(query, key, value, attn_mask=attention_mask)
+        joined = heads.transpose(1, 2).flatten(2, 3).unflatten(0, (-1, self._num_frames)).flatten(1, 2)
+        return attn.to_out[1](attn.to_out[0](joined.type_as(query)))

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import copy
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -26,28 +26,32 @@ from distill import losses, schedule
 from distill.backbones.base import Backbone
 from distill.config import CriticConfig, MatchingConfig, ScoresConfig
 from distill.loop import Rival, Run, compile_blocks, fit
-from distill.stages import watch
+from distill.stages import heads, watch
 from distill.stages.given import Batch, Given, noised
-from distill.stages.importance import Importance
 
 ADAPTER = "critic"
 
 
 def run(
-    run: Run, given: Given, found: Importance, base: Any, config: MatchingConfig, scheduler: Any, watched: watch.Watch
+    run: Run, given: Given, pruned: Collection[int], base: Any, config: MatchingConfig, scheduler: Any,
+    watched: watch.Watch, student: Any | None = None,
 ) -> Any:  # fmt: skip
     """Train the few-step student from stage II's weights; returns its transformer, the pruned blocks removed.
 
     Args:
+        pruned: blocks that ``base`` can do without: the student is, and the real score's P.
         base: stage II's transformer, of full depth. It is not changed, but given the critic's adapter.
+        student: what it starts as, where that is not ``base`` without the blocks ``pruned``.
         scheduler: the one that will be saved, set to its steps: the student is trained on just its noise levels.
         watched: what is looked at on the way; its alarms end the stage with the last good weights.
     """
     torch.manual_seed(run.seed)  # of the critic's new weights
     sigmas = tuple(scheduler.sigmas.tolist())
-    student = given.backbone.without_blocks(base, found.pruned).train().requires_grad_(True)
-    critic = Critic(given.backbone, base, config.critic, found.pruned)
-    scores = Scores(given, base, critic, found.pruned, config.scores)
+    if student is None:
+        student = given.backbone.without_blocks(base, pruned)
+    student.train().requires_grad_(True)
+    critic = Critic(given.backbone, base, config.critic, pruned, config.gan.tokens)
+    scores = Scores(given, base, critic, pruned, config.scores)
     if given.config.compile:
         for transformer in {id(t): t for t in (student, base, critic.transformer)}.values():
             compile_blocks(run, given.backbone.blocks(transformer))
@@ -89,6 +93,9 @@ def run(
             fake_v = scores.fake(x_BCTHW, sigma_B, batch)
         real, fake = (losses.clean(x_BCTHW, sigma_B, v) for v in (real_v, fake_v))
         gradient = losses.matching_gradient(y_BCTHW.detach(), real, fake)
+        if config.truth_weight > 0:
+            truth = losses.matching_gradient(y_BCTHW.detach(), batch.x0_BCTHW, fake)
+            gradient = gradient + config.truth_weight * truth
         value = losses.distribution_matching(y_BCTHW, gradient)
         values = {
             "gradient": gradient.abs().mean().item(),
@@ -177,7 +184,9 @@ class Rollout:
 class Critic(nn.Module):
     """The fake score, a LoRA on the base (one copy of the weights serves both) or a copy, and a discriminator."""
 
-    def __init__(self, backbone: Backbone, base: Any, config: CriticConfig, pruned: list[int]) -> None:
+    def __init__(
+        self, backbone: Backbone, base: Any, config: CriticConfig, pruned: Collection[int], tokens: str = "last"
+    ) -> None:
         super().__init__()
         self._backbone = backbone
         self.lora = config.kind == "lora"
@@ -190,15 +199,15 @@ class Critic(nn.Module):
             self.transformer = base
         else:
             self.transformer = copy.deepcopy(base).train().requires_grad_(True)
-        width = backbone.width(base)
-        head = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, width), nn.SiLU(), nn.Linear(width, 1))
-        self.head = head.to(base.device)
+        depth = len(backbone.blocks(base)) - len(self._skipped)
+        self._read = depth - 1 if tokens == "last" else depth // 2 - 1
+        self.head = heads.token_head(backbone.width(base)).to(base.device)
 
     def forward(self, given: Given, x_BCTHW: Tensor, sigma_B: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
         """Velocity, and one logit for each clip: does it look real?"""
         with (
             self._backbone.skipping(self.transformer, self._skipped),
-            self._backbone.last_tokens(self.transformer) as seen,
+            self._backbone.tokens_after(self.transformer, (self._read,)) as seen,
         ):
             velocity = given.velocity(self.transformer, x_BCTHW, sigma_B, batch)
         tokens_BND = seen[0].float()
@@ -225,7 +234,7 @@ class Critic(nn.Module):
 class Scores:
     """Velocities of the guided teacher and of the student's own distribution."""
 
-    def __init__(self, given: Given, base: Any, critic: Critic, pruned: list[int], config: ScoresConfig) -> None:
+    def __init__(self, given: Given, base: Any, critic: Critic, pruned: Collection[int], config: ScoresConfig) -> None:
         self._given = given
         self._base = base
         self._critic = critic
@@ -240,7 +249,7 @@ class Scores:
         text_B = (beta_1_B + self._text_offset).to(x_BCTHW)
         intra_B = (beta_2_B + self._intra_offset).to(x_BCTHW)
 
-        def velocity(mask: list[int], text_BLD: Tensor, network: Any = self._base) -> Tensor:
+        def velocity(mask: Collection[int], text_BLD: Tensor, network: Any = self._base) -> Tensor:
             with self._given.backbone.skipping(network, mask):
                 return self._given.velocity(network, x_BCTHW, sigma_B, batch, text_BLD)
 

@@ -24,12 +24,14 @@ CHUNK = 8
 class Watch:
     """Draws the first held-out clips with any transformer and compares them with the teacher's."""
 
-    def __init__(self, run: Run, given: Given, scheduler: Any) -> None:
+    def __init__(self, run: Run, given: Given, scheduler: Any, call: dict[str, Any] | None = None) -> None:
+        """``call``: how what is looked at is called, where that is not in the student's steps without guidance."""
         self._run = run
         self._given = given
         self._scheduler = scheduler
         steps = given.config.student.num_inference_steps
-        self._call = {**given.card.call, "num_inference_steps": steps, "guidance_scale": 1.0}
+        few = {"num_inference_steps": steps, "guidance_scale": 1.0}
+        self._call = {**given.card.call, **(few if call is None else call)}
         clips = given.config.watched
         self._prompts = given.dev.captions[:clips]
         latents = given.dev.x0_NCTHW[:clips].float().to(given.device)

@@ -211,7 +211,7 @@ def distill_run(*arguments: str, cwd: Path = ROOT) -> subprocess.CompletedProces
         ),
         (["shapes", "--set", "pruning.alpha=2"], "--set pruning.alpha: got 2; Input should be less than or equal to 1"),
         (["shapes", "--set", "watched=200"], "--set watched: got 200; Input should be less than or equal to 96"),
-        (["shapes", "--set", "student.num_inference_steps=1"], "Input should be greater than or equal to 2"),
+        (["shapes", "--set", "student.num_inference_steps=0"], "Input should be greater than or equal to 1"),
         (["shapes", "--set", "matching.scores.beta_2=[1, 0]"], "beta_2: the first of (1.0, 0.0) is the larger one"),
         (
             ["shapes", "--set", "matching.scores.alpha_weak=.5", "--set", "matching.critic.kind=full"],

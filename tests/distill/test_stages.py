@@ -480,7 +480,7 @@ def test_twenty_steps_follow_the_golden_curves(given, tmp_path):
     watched = watch.Watch(run, given, scheduler)
     with run.handling_signals():
         base = pruning.run(run, given, which, stage_two)
-        matching.run(run, given, which, base, stage_three, scheduler, watched)
+        matching.run(run, given, which.pruned, base, stage_three, scheduler, watched)
     events = [json.loads(line) for line in (tmp_path / "events.jsonl").read_text().splitlines()]
     gaps = {name for event in events for name in event if name.startswith("critic_gap")}
     assert gaps and gaps <= {f"critic_gap_s{quarter}" for quarter in range(4)}
@@ -503,7 +503,7 @@ def test_the_discriminator_takes_part_when_it_is_asked_for(given, tmp_path):
     scheduler = few_step_scheduler(given)
     watched = watch.Watch(run, given, scheduler)
     with run.handling_signals():
-        matching.run(run, given, found(PRUNED, PRUNED), base, config, scheduler, watched)
+        matching.run(run, given, PRUNED, base, config, scheduler, watched)
     last = [json.loads(line) for line in (tmp_path / "events.jsonl").read_text().splitlines() if '"deceive"' in line]
     assert last
     assert last[-1]["critic_discriminator"] > 0
