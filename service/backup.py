@@ -105,6 +105,11 @@ def backup(redis: Redis, storage: Storage | None, folder: Path) -> str:
     """
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     keys = _snapshot(redis)
+    if not keys and (folder / "redis.jsonl.gz").exists():
+        raise BackupError(
+            f"this Redis holds nothing of ours, and {folder} holds a back-up of one that did; restore that one first, "
+            "or name another folder"
+        )
     files = _copy_out(storage, folder / "storage") if storage else 0
     aside = folder / "redis.jsonl.gz.tmp"
     aside.unlink(missing_ok=True)
@@ -225,6 +230,8 @@ def _copy_in(root: Path, storage: Storage) -> int:
 
 def _forget_what_is_gone(storage: Storage, root: Path) -> None:
     there = set(_names(storage))
+    if not there:  # a place that is not mounted looks like that
+        return
     for path in root.glob("*/*"):
         if (path.parent.name, path.name) not in there:
             path.unlink()

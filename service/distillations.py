@@ -106,7 +106,7 @@ class DistillationStore(Store[Distillation]):
         if record.status in over and self._is_in_hand(job_id):
             raise ApiError(409, "in_flight", f"the last attempt at {job_id} is just ending; try again in a moment")
         try:
-            record = self.records.change(record, over, cause="resumed", status=Status.QUEUED, attempt=0)
+            record = self.records.change(record, over, cause="resumed", status=Status.QUEUED, attempt=0, deaths=0)
         except Refused as refused:
             message = f"{job_id} is {refused.found}; one that has failed or was cancelled can go on"
             raise ApiError(409, "not_resumable", message) from None

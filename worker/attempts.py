@@ -68,7 +68,7 @@ def attempt(
         return work(record)
     except Refused as refused:
         log.warning("%s: attempt %d gave way, the job is %s", job_id, record.attempt, refused.found)
-    except (RedisError, OSError) as error:
+    except (RedisError, OSError, EngineLost) as error:
         if held(records, record):
             raise
         log.warning("%s: attempt %d is no longer the current one (%s)", job_id, record.attempt, error)
@@ -86,13 +86,15 @@ def claim(records: Records[RecordT], record: RecordT, worker: str, **claimed: An
     if record.status is Status.RUNNING:
         changes["deaths"] = record.deaths + 1
     try:
-        return records.change(record, (Status.QUEUED, Status.RUNNING), fence=True, status=Status.RUNNING, **changes)
+        ours = records.change(record, (Status.QUEUED, Status.RUNNING), fence=True, status=Status.RUNNING, **changes)
     except Refused:
         # The connection may have dropped after the claim was written and before we were told; the client then sent
         # it again, and it met our own claim.
-        if found := held(records, record.model_copy(update={"worker": worker, "attempt": number})):
-            return found
-        raise
+        found = held(records, record.model_copy(update={"worker": worker, "attempt": number}))
+        if found is None:
+            raise
+        ours = found
+    return ours.model_copy(update=record.once) if record.started_at else ours
 
 
 def held(records: Records[RecordT], record: RecordT) -> RecordT | None:

@@ -13,9 +13,10 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import numpy as np
+from rq.exceptions import StopRequested
 
 from worker.contract import Canary, Phase
-from worker.engine.errors import OutOfMemory
+from worker.engine.errors import EngineLost, OutOfMemory
 from worker.gpu_worker import Pulse
 from worker.jobs import Runtime
 from worker.records import now
@@ -73,6 +74,12 @@ class CanaryWatch:
             self._due_at = time.monotonic() + self._every_s
             self._say(pipeline, "there is not enough memory to make the clip of the warm-up", started)
             return True
+        except StopRequested:  # a signal: rq throws it into whatever its thread is at
+            raise
+        except EngineLost as error:  # no later call can succeed, nor should a job have to find out
+            self._say(pipeline, str(error).partition("\n")[0], started)
+            self._runtime.is_lost = True
+            return False
         except Exception as error:
             return self._judge(pipeline, f"{type(error).__name__}: {error}".partition("\n")[0], started)
         assert pipeline.first_tiles is not None  # nothing serves that has not been warmed up

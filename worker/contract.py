@@ -119,6 +119,8 @@ class JobRecord(BaseModel):
     """Sorted set of the ids of all such jobs by time of creation."""
     queued_key: ClassVar[str]
     """Set of the ids of those whose status is queued: what admission counts."""
+    once: ClassVar[dict[str, Any]] = {}
+    """What holds until such a job has begun for the first time, and its value from then on."""
     anew: ClassVar[dict[str, Any]] = {}
     """Fields that each attempt begins with; the others go on from where the one before ended."""
 
@@ -194,6 +196,7 @@ class Record(JobRecord):
     on_lost = GENERATE_FAILED
     index_key = "flg:jobs"
     queued_key = "flg:queued"
+    once: ClassVar[dict[str, Any]] = {"start_by": None}
     anew: ClassVar[dict[str, Any]] = {"progress": 0.0}
 
     id: JobId

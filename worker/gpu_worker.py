@@ -9,10 +9,12 @@ cooperative stop, a heartbeat of our own that says more than rq's, and something
 from __future__ import annotations
 
 import logging
+import math
 import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable
 from functools import partial
 from types import FrameType
@@ -95,17 +97,19 @@ class Pulse(threading.Thread):
             if self._ended.is_set():
                 return
             worker = self._worker
+            if worker:
+                worker.end_if_it_hangs()
             state = worker.heartbeat_state() if worker else self._heartbeat.state
             seen = {"state": state, "seen_at": now(), "gpu_mem_bytes": _gpu_mem_bytes()}
             said = self._heartbeat.model_copy(update=seen)
-            if self._pacemaker:
-                self._pacemaker.tell(Beat(heartbeat=said, leases=worker.leases() if worker else ()))
             try:
+                if self._pacemaker:
+                    self._pacemaker.tell(Beat(heartbeat=said, leases=worker.leases() if worker else ()))
                 self._redis.set(worker_key(said.name), said.model_dump_json(), ex=self._lease_s)
                 self._redis.sadd(WORKERS_KEY, said.name)
                 if worker:
                     worker.renew_leases()
-            except RedisError as error:
+            except (RedisError, OSError) as error:  # the machine may give no more processes
                 log.warning("no heartbeat written: %s", error)
 
 
@@ -151,15 +155,21 @@ class GpuWorker(Leased, SimpleWorker):
         self._drain_s = drain_s
         self._failing = threading.Lock()
         self._ending = False
+        self._idle_since = math.inf
+        """When what is done while there is no job last gave a sign of life; by `time.monotonic`."""
         pulse.attend(self)
 
     # --- one job after another ------------------------------------------------------------------------------------
 
     def execute_job(self, job: Job, queue: Queue) -> None:
         """Start one job, and return when the next could begin: not sooner, or it would wait here and not elsewhere."""
+        before = set(self.executions)
         try:
             execution: Execution = self.prepare_execution(job)
         except RedisError as error:
+            # rq has noted it before it told Redis, which may have heard it all the same: its lease has to run out.
+            for stray in set(self.executions) - before:
+                self.executions.pop(stray, None)
             log.error("%s: not begun, and will be delivered again: %s", job.id, error)
             return
         self._flights.begin(execution.id, partial(self._perform, job, queue, execution))
@@ -179,12 +189,21 @@ class GpuWorker(Leased, SimpleWorker):
 
     def run_maintenance_tasks(self) -> None:
         """Called by rq between two jobs, and every few seconds while there are none."""
+        if self._ending:  # what rq does here has an alarm of its own, which would end that of the draining
+            raise StopRequested
         super().run_maintenance_tasks()
-        if not self.executions and not self._idle(self._is_wanted):
+        if self.executions:
+            return
+        self._idle_since = time.monotonic()
+        is_fit = self._idle(self._is_wanted)
+        self._idle_since = math.inf
+        # A signal may have come meanwhile, and rq's way to say so been lost in somebody's `except`.
+        if self._ending or not is_fit:
             self._ending = True
             raise StopRequested
 
     def _is_wanted(self) -> bool:
+        self._idle_since = time.monotonic()  # it moves
         try:
             return self._ending or self._stop_requested or any(queue.count for queue in self.queues)
         except RedisError:  # nothing is known
@@ -198,12 +217,20 @@ class GpuWorker(Leased, SimpleWorker):
 
     def renew_leases(self) -> None:
         """Say that each job in flight is being worked on. Raises ``RedisError``."""
-        if self._hang_s and self._flights.is_overdue(self._hang_s):
-            # In C code, where no flag is looked at: no thread of this process can end it, or take its memory back.
-            log.error("a job has not ended %d s after its time limit; this worker ends", self._hang_s)
-            os._exit(LOST)
         for execution in self.executions.copy().values():
             self.maintain_heartbeats(execution.job, execution)
+
+    def end_if_it_hangs(self) -> None:
+        """What does not come back is in C code, where no flag is looked at: no thread here can end it."""
+        if not self._hang_s:
+            return
+        if self._flights.is_overdue(self._hang_s):
+            log.error("a job has not ended %d s after its time limit; this worker ends", self._hang_s)
+        elif time.monotonic() > self._idle_since + self._hang_s:
+            log.error("a canary has not gone on for %d s; this worker ends", self._hang_s)
+        else:
+            return
+        os._exit(LOST)
 
     def heartbeat_state(self) -> WorkerState:
         """What the worker is doing."""

@@ -111,7 +111,11 @@ class _Stand:
         """Until the worker has gone."""
         text = b""
         while os.getppid() == self._worker:
-            if select.select([0], [], [], self._lease_s / 16)[0]:
+            since = time.monotonic()
+            has_heard = bool(select.select([0], [], [], self._lease_s / 16)[0])
+            if time.monotonic() > since + self._lease_s / 2:  # both were frozen, and this has thawed first
+                self._heard_at = time.monotonic()
+            if has_heard:
                 piece = os.read(0, 2**16)
                 if not piece:
                     return
@@ -136,7 +140,7 @@ class _Stand:
         if self._hang_s and silent_s > self._hang_s:
             log.error("the worker has hung for %.0f s and is killed", silent_s)
             os.kill(self._worker, signal.SIGKILL)
-            self._heard_at = moment
+            self._heard_at, self._beat = moment, None  # process 1 of a container cannot be killed from inside it
         elif silent_s > self._lease_s / 2 and moment - self._renewed_at > self._lease_s / 4:
             if self._renewed_at < self._heard_at:
                 log.warning("the worker has been silent for %.1f s; its leases are renewed here", silent_s)

@@ -220,6 +220,20 @@ class Leased(BaseWorker):
         except RedisError as error:
             log.warning("rq was not told that this worker is %s: %s", state, error)
 
+    def maintain_heartbeats(self, job: Job, execution: Execution) -> None:
+        """Renew a lease. Where that fails the job goes on: if somebody else takes it up, its attempt is fenced off."""
+        try:
+            super().maintain_heartbeats(job, execution)
+        except RedisError as error:
+            log.warning("%s: its lease was not renewed: %s", job.id, error)
+
+    def unsubscribe(self) -> None:
+        """Hear no more commands; that Redis is away does not keep a worker from ending."""
+        try:
+            super().unsubscribe()  # type: ignore[no-untyped-call]
+        except RedisError as error:
+            log.warning("commands were not unsubscribed from: %s", error)
+
     def register_death(self) -> None:
         """Likewise; it would be noticed by its silence."""
         try:

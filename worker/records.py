@@ -213,6 +213,8 @@ class Records(Generic[RecordT]):
         """
         after = record.model_copy(update=changes)
         values = {name: value for name, value in after.to_hash().items() if name in changes}
+        if record.deaths and not after.deaths:  # a zero is left out of a record; here it has something to replace
+            values["deaths"] = "0"
         answer = self._change(
             keys=[record_key(record.id), events_key(record.id), self.kind.queued_key],
             args=[

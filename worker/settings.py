@@ -74,7 +74,7 @@ class Settings(QueueSettings):
     canary_s: int = Field(default=600, ge=0)
     """How often a worker that has nothing to do makes the clip of its warm-up and compares it with the first one.
     0: never."""
-    hang_s: int = Field(default=300, ge=0)
+    hang_s: int = Field(default=300, ge=0, validate_default=True)
     """A worker that does nothing at all for so long, or a job that has not ended so long after its time limit, has
     hung: the process is ended. 0: never."""
     drain_s: int = Field(default=50, ge=1)
@@ -82,6 +82,15 @@ class Settings(QueueSettings):
     whoever stops the worker gives it."""
     gpu_lock: bool = False
     """Whether it leaves the GPU to training that wants it for itself (TRAIN_POLICY=window), and waits meanwhile."""
+
+    @field_validator("hang_s")
+    @classmethod
+    def _is_long_enough(cls, value: int, info: ValidationInfo) -> int:
+        # A beat comes four times in a lease, and takes as long as Redis is tried.
+        least = max(60, info.data.get("lease_s", 0))
+        if 0 < value < least:
+            raise ValueError(f"a worker that is well may be silent for that long; wanted {least} or more, or 0: never")
+        return value
 
     @field_validator("model", mode="before")
     @classmethod

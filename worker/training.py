@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import ctypes
 import json
+import logging
 import os
 import signal
 import subprocess
@@ -28,6 +29,7 @@ from types import FrameType, TracebackType
 from typing import Any
 
 from redis import Redis
+from redis.exceptions import RedisError
 from rq import Retry
 from rq.job import Job
 
@@ -41,6 +43,8 @@ from worker.records import Records, Refused
 from worker.releases import NotPromoted, Releases
 from worker.run_reports import Reporter
 from worker.storage import Storage
+
+log = logging.getLogger(__name__)
 
 COMMAND = (sys.executable, "-m", "distill")
 USER_ERROR, REFUSED, RESUMABLE = 2, 3, 75
@@ -280,13 +284,17 @@ class Run:
             with suppress(subprocess.TimeoutExpired):
                 process.wait(_POLL_S)
             ended = process.returncode is not None
-            self._report()
-            if ended:
-                return False
             try:
+                self._report()
+                if ended:
+                    return False
                 self._go_on()
             except Stopped:
                 return True
+            except RedisError as error:  # the run needs none: it goes on, for however long Redis is away
+                if ended or self._asked_to_stop():
+                    raise
+                log.warning("%s: not reported, and not asked whether it is to go on: %s", self._record.id, error)
 
     def _go_on(self, phase: RunPhase | None = None) -> None:
         """Raise if this attempt is to stop here; else it is in this phase, where one is given."""

@@ -48,6 +48,7 @@ def write(folder: Path, address: str, *, sentinel: bool = False) -> tuple[str, .
 
 def _write_private(file: Path, text: str) -> None:
     file.touch(mode=0o600)
+    file.chmod(0o600)  # also one that was there
     file.write_text(text)
 
 

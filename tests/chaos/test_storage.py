@@ -10,7 +10,6 @@ import time
 import pytest
 
 from tests.chaos.stack import PATIENCE_S, chaos_in
-from tests.s3 import S3Server
 from tests.stack import free_port, wait_for
 from worker.contract import Status
 
@@ -145,6 +144,8 @@ class Wire:
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory):
+    from tests.s3 import S3Server  # not above: other modules take its fixtures as a plugin, which has to come first
+
     made = S3Server(tmp_path_factory.mktemp("s3"))
     made.start()
     yield made

@@ -119,6 +119,24 @@ def test_a_later_back_up_brings_the_folder_up_to_date(filled, raw, storage, tmp_
     assert files(tmp_path / "kept" / "storage") == wanted
 
 
+def test_a_stack_that_has_lost_everything_does_not_replace_a_back_up(filled, redis, raw, storage, tmp_path):
+    """The next one comes by the clock, after the disk was replaced and before anybody has restored it."""
+    kept = tmp_path / "kept"
+    backup.backup(raw, storage, kept)
+    before = files(kept)
+    empty = Storage(str(tmp_path / "not-mounted"))
+    backup.backup(raw, empty, kept)  # Redis is there, and where the files were is another place
+    assert {name: data for name, data in files(kept).items() if name.startswith("storage")} == {
+        name: data for name, data in before.items() if name.startswith("storage")
+    }
+    before = files(kept)
+    redis.flushdb()
+    with pytest.raises(BackupError, match=r"holds nothing of ours, and .* holds a back-up"):
+        backup.backup(raw, storage, kept)
+    assert files(kept) == before
+    assert filled
+
+
 def test_a_restore_needs_an_empty_redis_and_may_be_run_again(filled, redis, raw, storage, tmp_path):
     backup.backup(raw, storage, tmp_path / "kept")
     with pytest.raises(BackupError, match="this Redis is in use"):

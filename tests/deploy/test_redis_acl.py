@@ -150,8 +150,10 @@ def test_new_passwords_are_made_once_and_nobody_else_reads_them(server):
     before = [file.read_text() for file in files]
     assert [file.name for file in files] == ["admin.url", "service.url", "users.acl", "worker.url"]
     assert {file.stat().st_mode & 0o777 for file in files} == {0o600}
+    files[0].chmod(0o644)
     server.make_users()
     assert [file.read_text() for file in files] == before
+    assert {file.stat().st_mode & 0o777 for file in files} == {0o600}
     passwords = [text.split(":")[2].partition("@")[0] for text in before if text.startswith("redis://")]
     assert len(set(passwords)) == 3
     assert not any(password in before[2] for password in passwords)

@@ -248,6 +248,20 @@ def test_what_the_queue_has_lost_is_enqueued_again_and_keeps_its_progress(own, m
         client.close()
 
 
+def test_one_that_was_given_up_goes_on_with_all_its_attempts_before_it(own):
+    clients = connect(own.redis.url), connect(own.redis.url, text=False)
+    store = DistillationStore(*clients, Storage(str(own.storage)))
+    record = store.submit(DistillationFields(recipe="shapes"), owner="local")
+    lost = {"status": Status.FAILED, "attempt": 3, "deaths": 3, "error_code": "worker_crashed", "error_message": "x"}
+    store.records.change(record, (Status.QUEUED,), **lost)
+    store.go_on(record.id)
+    after = store.get(record.id)
+    assert (after.status, after.attempt, after.deaths) == (Status.QUEUED, 0, 0)
+    store.cancel(record.id)
+    for client in clients:
+        client.close()
+
+
 def test_why_a_run_was_refused_reaches_the_client(client, trainer):
     made = submit(client)
     trainer("tests.stand_in", "trainer", "refuses")

@@ -7,12 +7,13 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from rq.exceptions import StopRequested
 
 from tests.stack import ROOT, Stack, wait_for
 from worker import canary
 from worker.canary import CanaryWatch
 from worker.contract import Phase
-from worker.engine.errors import OutOfMemory
+from worker.engine.errors import EngineLost, OutOfMemory
 from worker.gpu_worker import LOST
 from worker.records import connect, ready_workers, workers
 from worker.video import tiles
@@ -118,6 +119,18 @@ def test_twice_in_a_row_ends_the_worker(watched, fault):
     assert [one.ok for one in watched.said] == [False, False]
     assert watched.counted == ["failed", "failed"]
     assert "\n" not in watched.said[-1].message
+
+
+def test_a_lost_engine_ends_it_at_once(watched):
+    assert not watched.look(601, EngineLost("the GPU cannot be used any more\nCUDA error"))
+    assert watched.runtime.is_lost
+    assert watched.said[-1].message == "the GPU cannot be used any more"
+
+
+def test_a_signal_is_no_failure(watched):
+    with pytest.raises(StopRequested):
+        watched.look(601, StopRequested())
+    assert not watched.said and not watched.counted
 
 
 def test_that_others_have_the_memory_does_not(watched):

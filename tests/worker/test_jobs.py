@@ -18,7 +18,7 @@ from distill.prompt import Prompt
 from distill.student import Card, Video
 from tests.stack import new_record
 from worker import jobs
-from worker.attempts import claim, lost
+from worker.attempts import claim, hand_back, lost
 from worker.contract import MAX_ATTEMPTS, SECONDS_KEY, Phase, Record, Status, input_path, model_id, output_path
 from worker.engine.errors import EngineLost, OutOfMemory
 from worker.flights import Cancelled, Flight, Flights
@@ -392,3 +392,27 @@ def test_what_a_job_is_given_up_for(runtime, job, kinds, code):
     after = runtime.records.get(job.id)
     assert (after.status, after.error_code, after.attempt) == (Status.FAILED, code, len(kinds))
     assert after.finished_at and after.error_message
+
+
+def test_a_deadline_for_its_start_is_over_once_it_has_begun(runtime, job):
+    """It was handed back, or its worker died: it had not to wait."""
+    runtime.records.change(job, (Status.QUEUED,), start_by=now() + 60)
+    first = claim(runtime.records, runtime.records.get(job.id), "worker-b")
+    hand_back(runtime.records, first)
+    runtime.records.change(runtime.records.get(job.id), (Status.QUEUED,), start_by=now() - 1)
+    jobs.generate(job.id)
+    assert runtime.records.get(job.id).status is Status.SUCCEEDED
+
+
+def test_a_late_attempt_whose_engine_is_lost_takes_nothing_from_the_winner(runtime, job, monkeypatch):
+    monkeypatch.setattr(jobs.os, "kill", lambda _pid, _signal: None)
+
+    def late() -> None:
+        claim(runtime.records, runtime.records.get(job.id), "worker-b")
+        raise EngineLost("the GPU cannot be used any more")
+
+    runtime.loaded.active.amid = late
+    assert jobs.generate(job.id) is None  # raised, rq would put the job back into the queue
+    after = runtime.records.get(job.id)
+    assert (after.status, after.worker, after.attempt) == (Status.RUNNING, "worker-b", 2)
+    assert runtime.is_lost
