@@ -4,6 +4,7 @@ import base64
 import io
 import json
 import re
+import signal
 import threading
 
 import httpx
@@ -182,12 +183,29 @@ def test_other_suffixes_are_404(client, finished):
 # --- cancel, delete, list -------------------------------------------------------------------------------------------
 
 
+def held_at_its_steps(client, image, worker) -> str:
+    """A job that is encoded or denoised, and stands still: its worker is stopped, which the caller has to undo."""
+    for _ in range(20):
+        job_id = submit(client, image).json()["id"]
+        while client.get(f"/generate/{job_id}").json()["status"] == "queued":
+            pass
+        worker.send_signal(signal.SIGSTOP)
+        if client.get(f"/generate/{job_id}").json()["phase"] in ("encoding", "denoising"):
+            return job_id
+        worker.send_signal(signal.SIGCONT)  # it was faster than we
+        wait_done(client, job_id)
+    raise AssertionError("no job was met while it was denoised")
+
+
 def test_a_running_job_is_cancelled_at_its_next_step(client, image, stack):
-    job_id = submit(client, image).json()["id"]
-    wait_for(lambda: client.get(f"/generate/{job_id}").json()["phase"] == "denoising", 30, "the job to run")
-    answer = client.post(f"/generate/{job_id}/cancel")
-    assert answer.status_code == 202
-    assert answer.json()["status"] == "cancelling"
+    worker = stack.processes["worker"]
+    try:
+        job_id = held_at_its_steps(client, image, worker)
+        answer = client.post(f"/generate/{job_id}/cancel")
+        assert answer.status_code == 202
+        assert answer.json()["status"] == "cancelling"
+    finally:
+        worker.send_signal(signal.SIGCONT)
     after = wait_done(client, job_id)
     assert after["status"] == "cancelled"
     assert after["progress"] < 0.98
