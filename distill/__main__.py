@@ -184,8 +184,13 @@ def _compare(options: argparse.Namespace) -> int:
         given = _given(options, "budget", "seeds", "clips", "noise_seeds", "diversity_pairs", "groups", "rows")
         config = override(recipes.compare_shapes(), [*recipes.COMPARE_PRESETS[options.tier], *given])
         if options.tuned:
-            choices = import_module("distill.tune").choices(options.folder)
-            config = config.model_copy(update={"choices": choices})
+            tune = import_module("distill.tune")
+            choices, searches = tune.choices(options.folder), tune.searches(options.folder)
+            if not choices:
+                raise ConfigError(
+                    f"--tuned: nothing was chosen in {options.folder}; run `distill tune` there first, or leave it out"
+                )
+            config = config.model_copy(update={"choices": choices, "searches": searches})
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -20,11 +20,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from distill import evaluate, method, metrics, report, scores, student
+from distill import evaluate, method, metrics, report, scores, student, tune
 from distill.backbones import base as backbones
 from distill.config import CompareConfig, ConfigError, DistillConfig, EulerConfig, F3Config, MethodConfig, override
 from distill.evaluate import Interval
-from distill.loop import Run, remember, training_device, write_json
+from distill.loop import Diverged, Run, remember, training_device, write_json
 from distill.scores import Asked, Scored
 
 STEPS = (1, 2, 3, 4, 8)
@@ -34,6 +34,7 @@ BETA_1S = (0.0, 0.5, 1.0, 2.0, 3.5)
 BETA_2S = (0.0, 0.25, 0.5, 0.75)
 OURS = "FastLightGen"
 TEACHER = "teacher"
+_OF_STAGE_TWO = "recipe.pruning."
 SHOWN = ("trajectory_error_px", "dynamic_degree", "flicker", "explained_psnr_db", "i2v_fidelity")
 REPORTED_WANX = {
     "Euler teacher": (50, 0.982, 0.461, 0.653, 0.711, 0.790, 885.0),
@@ -55,9 +56,9 @@ class Row:
     """None: the teacher as its card says."""
 
     def of_seed(self, seed: int) -> MethodConfig:
-        """As it is trained with this seed."""
+        """As it is trained with this of its seeds, counted from the recipe's own."""
         assert self.config is not None
-        recipe = self.config.recipe.model_copy(update={"seed": seed})
+        recipe = self.config.recipe.model_copy(update={"seed": (self.config.recipe.seed + seed) % 2**32})
         return self.config.model_copy(update={"recipe": recipe})
 
     @property
@@ -77,6 +78,8 @@ class Done:
     row: Row
     cards: list[student.Card]
     scored: list[Scored]
+    seeds: list[int]
+    """Of the training, one for each of these."""
     spent: list[dict[str, Any]]
     """`row.json` of each."""
     blocks: int
@@ -109,14 +112,23 @@ class Done:
         return sum(self.spent[0].get("passes", {}).values())
 
     def interval(self, name: str, part: str = "all", minus: Done | None = None) -> Interval:
-        """Of a metric, or of its paired difference to another row's."""
+        """Of a metric, or of its paired difference to another row's; NaN where they have no training seed in common."""
         values = self.values[name]
         if minus is not None:
-            # A row that is trained with more seeds than the other is compared with it seed by seed.
-            values, other = np.broadcast_arrays(values, minus.values[name])
+            values, other = self._paired(name, minus)
+            if not len(values):
+                return float("nan"), float("nan"), float("nan")
             values = values - other
         closed = self.scored[0].closed
         return evaluate.interval(values if part == "all" else values[..., closed if part == "closed" else ~closed])
+
+    def _paired(self, name: str, other: Done) -> tuple[np.ndarray, np.ndarray]:
+        """Values of both for the training seeds that both have; what is not trained has the same for every seed."""
+        mine, theirs = self.values[name], other.values[name]
+        if not (self.row.trained and other.row.trained):
+            return tuple(np.broadcast_arrays(mine, theirs))  # type: ignore[return-value]
+        common = [seed for seed in self.seeds if seed in other.seeds]
+        return mine[[self.seeds.index(s) for s in common]], theirs[[other.seeds.index(s) for s in common]]
 
     @property
     def diversity(self) -> Interval:
@@ -142,7 +154,7 @@ def compare(folder: Path, recipe: DistillConfig, config: CompareConfig, say: Cal
         raise ConfigError(f"--rows: there is no {', '.join(sorted(unknown))}; there are: {known}")
     run = Run(folder, recipe.seed)
     done: dict[str, Done] = {}
-    failed: dict[str, str] = {}
+    failed: dict[str, list[str]] = {}
     with run.handling_signals():
         remember(folder, recipe)
         try:
@@ -151,8 +163,9 @@ def compare(folder: Path, recipe: DistillConfig, config: CompareConfig, say: Cal
                 run.check_stop()
                 try:
                     trained = None if row.config is None else method.train(folder, row.of_seed(seed))
-                except FloatingPointError as error:  # what that method does with these settings; others go on
-                    failed[row.name] = f"seed {seed}: {error}"
+                except (FloatingPointError, Diverged) as error:
+                    # What that method does with these settings; others go on.
+                    failed.setdefault(row.name, []).append(f"seed {seed}: {error}")
                     say(f"{row.name}: {error}")
                     continue
                 model = Path(recipe.teacher) if trained is None else trained / "student"
@@ -163,6 +176,7 @@ def compare(folder: Path, recipe: DistillConfig, config: CompareConfig, say: Cal
                     row,
                     [*(before.cards if before else []), student.read_card(model)],
                     [*(before.scored if before else []), scored],
+                    [*(before.seeds if before else []), seed],
                     [*(before.spent if before else []), spent],
                     blocks,
                     share,
@@ -211,6 +225,9 @@ def plan(recipe: DistillConfig, config: CompareConfig, blocks: int) -> list[Row]
 def _methods(recipe: DistillConfig, config: CompareConfig, blocks: int) -> list[Row]:
     guidance = float(student.read_card(Path(recipe.teacher)).call["guidance_scale"])
     passes = config.budget * method.unit_passes(recipe, blocks)
+    # All that start from stage II's weights start from the same ones.
+    shared = [choice for choice in config.choices.get("fastlightgen", ()) if choice.startswith(_OF_STAGE_TWO)]
+    recipe = override(recipe, [choice.removeprefix("recipe.") for choice in shared])
 
     def row(name: str, of: MethodConfig) -> Row:
         of = override(of, list(config.choices.get(of.method, ())))
@@ -254,9 +271,7 @@ def short(
     recipe: DistillConfig, config: CompareConfig, blocks: int, unit: float, weights: str = "pruned"
 ) -> MethodConfig:
     """FastLightGen on the short schedule; ``unit`` in block passes."""
-    clips = min(recipe.importance.clips, 32)
-    recipe = recipe.model_copy(update={"importance": recipe.importance.model_copy(update={"clips": clips})})
-    of = method.METHODS["fastlightgen"].settings(recipe, weights)
+    of = method.METHODS["fastlightgen"].settings(method.with_short_importance(recipe), weights)
     return method.within(of, unit * config.budget * config.short_share, config.pruning_share, blocks)
 
 
@@ -298,7 +313,7 @@ def _ablations(recipe: DistillConfig, config: CompareConfig, blocks: int) -> lis
 
 
 def write_report(
-    folder: Path, recipe: DistillConfig, config: CompareConfig, done: list[Done], failed: dict[str, str]
+    folder: Path, recipe: DistillConfig, config: CompareConfig, done: list[Done], failed: dict[str, list[str]]
 ) -> None:
     """`report.md`, `report.json`, `cost.png` and `sheet.png` of the rows that there are."""
     by_name = {d.row.name: d for d in done}
@@ -309,10 +324,12 @@ def write_report(
         report.scatter(folder / "cost.png", points, "block evaluations of one clip", "score")
         videos = {"drawn": scores.drawn(asked_of(methods[0].row, config))}
         report.side_by_side(folder / "sheet.png", videos | {d.row.name: d.scored[0].shown_BCTHW for d in methods})
-    write_json(folder / "report.json", _as_json(recipe, config, done))
+    write_json(folder / "report.json", _as_json(recipe, config, done, failed))
     sections = [
         _head(recipe, config, methods or done),
-        [*(f"- {name} ended early, {why}" for name, why in failed.items()), ""] if failed else [],
+        _settings(config),
+        _versions(done),
+        [*(f"- {name} ended early, {'; '.join(why)}" for name, why in failed.items()), ""] if failed else [],
         _method_tables(methods, by_name.get(OURS), unit),
         _grid_table([d for d in done if d.row.group == "grid"], unit),
         _ablation_table([d for d in done if d.row.group == "ablations"]),
@@ -347,17 +364,50 @@ def _head(recipe: DistillConfig, config: CompareConfig, done: list[Done]) -> lis
     ]
 
 
+def _settings(config: CompareConfig) -> list[str]:
+    """Which methods were tuned, with how much."""
+    if not config.choices:
+        return ["Every method has its defaults; none was tuned.", ""]
+    lines = []
+    for name in tune.SPACES:
+        how = "defaults, not tuned"
+        if name in config.choices:
+            trials, budget = config.searches[name]
+            how = (
+                f"tuned on dev ({trials} trials, the last rung of {budget:g} units): {', '.join(config.choices[name])}"
+            )
+        lines.append(f"- {method.METHODS[name].title}: {how}")
+    if config.choices.keys() != tune.SPACES.keys() or len(set(config.searches.values())) > 1:
+        lines.append("- **The methods were not tuned alike**: a difference may be the search's.")
+    return [*lines, ""]
+
+
+def _versions(done: list[Done]) -> list[str]:
+    """What to know where rows were trained by other code than others."""
+    made: dict[str, list[str]] = {}
+    for d in done:
+        for spent in d.spent:
+            if "code" in spent:
+                names = made.setdefault(" ".join(spent["code"].values()), [])
+                names.extend([d.row.name] if d.row.name not in names else [])
+    if len(made) < 2:
+        return []
+    lines = [f"- Trained by {code}: {', '.join(names)}" for code, names in made.items()]
+    return ["Not all rows were trained by the same version of the code.", "", *lines, ""]
+
+
 def _method_tables(methods: list[Done], ours: Done | None, unit: float) -> list[str]:
     if not methods:
         return []
     lines = [
         "## Methods",
         "",
-        "Score minus FastLightGen's: level where the interval holds 0. Seconds are of one clip by itself.",
+        "Score minus FastLightGen's, over the training seeds that both have: level where the interval holds 0. Seeds: "
+        "of the training. Seconds are of one clip by itself.",
         "",
-        "| | steps | guided | blocks | parameters, M | block evaluations | updates | units | score "
-        "| minus FastLightGen | diversity | encode, s | denoise, s | decode, s |",
-        "|---|---:|---|---:|---:|---:|---:|---:|---|---|---|---:|---:|---:|",
+        "| | steps | guided | blocks | parameters, M | block evaluations | updates | units | seeds "
+        "| score | minus FastLightGen | diversity | encode, s | denoise, s | decode, s |",
+        "|---|---:|---|---:|---:|---:|---:|---:|---:|---|---|---|---:|---:|---:|",
     ]
     for d in methods:
         card, spent = d.cards[0], d.spent[0]
@@ -370,6 +420,7 @@ def _method_tables(methods: list[Done], ours: Done | None, unit: float) -> list[
             f"{d.block_evaluations:.4g}",
             str(spent.get("updates", 0)),
             f"{d.passes / unit:.3g}",
+            str(len(d.seeds)) if d.row.trained else "",
             _cell(d.interval("score")),
             "" if ours is None or d is ours else _difference(d.interval("score", minus=ours)),
             _cell(d.diversity),
@@ -436,13 +487,16 @@ def _ablation_table(rows: list[Done]) -> list[str]:
     ]
 
 
-def _as_json(recipe: DistillConfig, config: CompareConfig, done: list[Done]) -> dict[str, Any]:
+def _as_json(
+    recipe: DistillConfig, config: CompareConfig, done: list[Done], failed: dict[str, list[str]]
+) -> dict[str, Any]:
     def finite(interval: Interval) -> list[float | None]:
         return [round(v, 5) if np.isfinite(v) else None for v in interval]
 
     return {
         "config": config.model_dump(mode="json"),
         "teacher": recipe.teacher,
+        "failed": failed,
         "rows": [
             {
                 "name": d.row.name,
@@ -450,6 +504,7 @@ def _as_json(recipe: DistillConfig, config: CompareConfig, done: list[Done]) -> 
                 "students": [card.sha256 for card in d.cards],
                 "block_evaluations": d.block_evaluations,
                 "parameters": d.cards[0].parameters["transformer"],
+                "seeds": d.seeds if d.row.trained else [],
                 "spent": d.spent,
                 "seconds": d.scored[0].seconds,
                 "diversity": finite(d.diversity),
@@ -472,4 +527,6 @@ def _cell(found: Interval) -> str:
 
 def _difference(found: Interval) -> str:
     mean, low, high = found
+    if not np.isfinite(mean):
+        return ""
     return f"{mean:+.3f} ({low:+.3f} to {high:+.3f})" + (", level" if low <= 0 <= high else "")

@@ -492,6 +492,9 @@ class CompareConfig(Config):
     groups: tuple[Literal["methods", "grid", "ablations"], ...]
     rows: tuple[str, ...] = Field(description="only these, by name; none: every row of the groups")
     choices: dict[str, tuple[str, ...]] = Field(description="by method, what `distill tune` chose, as A.B=C")
+    searches: dict[str, tuple[int, float]] = Field(
+        default={}, description="by method, of the search that chose: settings tried, budget of the last rung"
+    )
     precision: Literal["float32", "bfloat16"]
 
 

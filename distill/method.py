@@ -38,6 +38,12 @@ from distill.stages.given import Given
 UNLIMITED = {name: (0.0, 1e9) for name in ("motion", "contrast", "saturation", "flicker")} | {"critic": 1e9}
 """No row is stopped early: every method has its whole budget."""
 
+METHOD_VERSION = 1
+"""Raise it when a loss, a stage or what a method does with its settings changes: rows are trained anew."""
+
+SHORT_IMPORTANCE_CLIPS = 32
+"""Of stage I where the schedule is short: of the recipe's it would use up the budget."""
+
 LOOKED_AT = 4
 """Clips that are drawn at the end of a row's training, for a person: what it is worth is measured elsewhere."""
 
@@ -122,6 +128,12 @@ def within(config: MethodConfig, passes: float, pruning_share: float, blocks: in
     return config.model_copy(update={"recipe": recipe, "own": own_settings})
 
 
+def with_short_importance(recipe: DistillConfig) -> DistillConfig:
+    """The recipe for a short schedule."""
+    clips = min(recipe.importance.clips, SHORT_IMPORTANCE_CLIPS)
+    return recipe.model_copy(update={"importance": recipe.importance.model_copy(update={"clips": clips})})
+
+
 def _of_steps(fit: FitConfig, steps: int) -> FitConfig:
     # A longer warm-up than a tenth would be most of a short schedule.
     warmup = min(fit.warmup_steps, steps // 10)
@@ -154,8 +166,8 @@ def row_sha256(config: MethodConfig, teacher_sha256: str) -> str:
     before = lineage.inputs(recipe, teacher_sha256)
     matching = recipe.matching.sha256 if config.own is None else config.own.sha256
     read = [
-        config.method, config.weights, before["latents"], recipe.precision, recipe.shift, recipe.text_drop,
-        recipe.student.sha256, recipe.watched, matching,
+        METHOD_VERSION, config.method, config.weights, before["latents"], recipe.precision, recipe.shift,
+        recipe.text_drop, recipe.student.sha256, recipe.watched, matching,
     ]  # fmt: skip
     if config.weights == "pruned":
         read.append(before["pruning"])
@@ -195,23 +207,25 @@ def train(root: Path, config: MethodConfig) -> Path:
             "passes": spent_passes(config, blocks),
             "train_s": {name: round(s, 1) for name, s in report.seconds_by_stage(folder).items()},
             "updates": fit.steps if (fit := fit_of(config)) else 0,
+            "code": student.code_version(),
         }
         write_json(folder / "row.json", row)
-    for leaf in (*lineage.LEAVES["latents"], *lineage.LEAVES["pruning"]):
-        (folder / leaf).unlink(missing_ok=True)  # linked, and of no more use here
+        for leaf in (*lineage.LEAVES["latents"], *lineage.LEAVES["pruning"]):
+            (folder / leaf).unlink(missing_ok=True)  # linked, and of no more use here
+        run.check_stop()  # or a signal after the last look would be lost
     return folder
 
 
 def prepared(root: Path, recipe: DistillConfig, teacher_sha256: str, prune: bool) -> Path:
     """The folder that rows take the latents over from, and stages I and II if ``prune``."""
     inputs = lineage.inputs(recipe, teacher_sha256)
-    latents = root / "stages" / f"latents-{inputs['latents'][:16]}"
+    latents = root / "stages" / f"latents-v{METHOD_VERSION}-{inputs['latents'][:16]}"
     if not (latents / "done").exists():
         prepare(latents, _neutral(recipe, "latents"), None, prune=False)
         (latents / "done").touch()
     if not prune:
         return latents
-    stages = root / "stages" / f"pruning-{inputs['pruning'][:16]}"
+    stages = root / "stages" / f"pruning-v{METHOD_VERSION}-{inputs['pruning'][:16]}"
     if not (stages / "done").exists():
         torch.compiler.reset()
         prepare(stages, _neutral(recipe, "pruning"), latents, prune=True)

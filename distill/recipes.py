@@ -202,7 +202,7 @@ QUICK_RECIPE = [
 def tune_shapes() -> TuneConfig:
     """The search for (alpha, beta_1, beta_2) as far as two cores go."""
     return TuneConfig(
-        trials=12, budget=60, rungs=3, reduction=2, pruning_share=0.5, clips=64, diversity_pairs=8,
+        trials=12, budget=120, rungs=3, reduction=2, pruning_share=0.5, clips=64, diversity_pairs=8,
         diversity_samples=8, dynamic_degree=(0.9, 1.1), flicker=(0.7, 1.3), diversity=0.85, seed=0,
         precision="bfloat16",
     )  # fmt: skip

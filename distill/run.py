@@ -71,6 +71,7 @@ def prepare(folder: Path, config: DistillConfig, begun: Path | None, prune: bool
         if prune:
             found = importance.run(run, given, config.importance, config.pruning.unimportant)
             pruning.run(run, given, found, config.pruning)
+        run.check_stop()  # or a signal after the last look would be lost
 
 
 @contextmanager

@@ -1,12 +1,14 @@
 """What a student scores, measured part by part and kept: a comparison of many goes on where it was stopped.
 
 The same clips and noise for whoever is measured. A part is so many clips with one seed of noise, half of them with
-closed captions; its file is named by the student's hash and by how it is called, so nothing else has to be remembered.
+closed captions; its file is named by the student's hash, by how it is called and by the device that it is called on, so
+nothing else has to be remembered.
 """
 
 from __future__ import annotations
 
 import os
+import re
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -28,8 +30,10 @@ from distill.baselines import f3
 from distill.config import ConfigError
 from distill.data import shapes
 from distill.evaluate import Setting
-from distill.loop import can_compile
+from distill.loop import can_compile, training_device
 
+MEASURED_VERSION = 1
+"""Raise it when a metric, or what is drawn for it, changes: everything is measured anew."""
 PART = 64
 SHOWN = 3
 """Clips of either kind whose videos are kept for the sheet."""
@@ -128,7 +132,7 @@ class _Measured:
         self._f3 = folder.parent / f3.FOUND
         limited = f"-{student.file_sha256(self._f3)[:8]}" if self._f3.exists() else ""
         name = f"{self._card.sha256[:16]}-{self._setting.num_inference_steps}-{self._setting.guidance_scale:g}"
-        self._out = out / f"{name}-{asked.precision}{limited}"
+        self._out = out / f"{name}-{asked.precision}{limited}-{_device_name()}-v{MEASURED_VERSION}"
         self._out.mkdir(parents=True, exist_ok=True)
         self._precision = evaluate.precision_of(asked.precision)
         self.num_parts = -(-asked.clips // PART)
@@ -143,14 +147,20 @@ class _Measured:
         return pipe
 
     @contextmanager
-    def attending(self) -> Iterator[None]:
-        """Within it the student attends as F3-Pruning found that it should, where that is how it was made."""
+    def attending(self, pipe: Any = None, timed: bool = False) -> Iterator[None]:
+        """Within it the student attends as F3-Pruning found that it should, where that is how it was made.
+
+        Args:
+            pipe: the student's; the one that everything but seconds is measured with, if None.
+            timed: see ``f3.as_pruned``.
+        """
         if not self._f3.exists():
             yield
             return
         backbone = backbones.load(self._card.backbone, self._card.task)
-        num_frames = 1 + (self._card.call["num_frames"] - 1) // self._pipe.vae_scale_factor_temporal
-        with f3.as_pruned(backbone, self._pipe.transformer, self._folder.parent, num_frames):
+        pipe = self._pipe if pipe is None else pipe
+        num_frames = 1 + (self._card.call["num_frames"] - 1) // pipe.vae_scale_factor_temporal
+        with f3.as_pruned(backbone, pipe.transformer, self._folder.parent, num_frames, timed):
             yield
 
     @cached_property
@@ -202,7 +212,9 @@ class _Measured:
         path = self._out / "seconds.npz"
         if not path.exists():
             check()
-            taken = np.array([_phases(evaluate.load(self._folder), self._card, self._precision)])
+            pipe = evaluate.load(self._folder)
+            with self.attending(pipe, timed=True):
+                taken = np.array([_phases(pipe, self._card, self._precision)])
             _store(path, {"seconds": taken})
         return dict(zip(PHASES, _stored(path)["seconds"][0].tolist(), strict=True))
 
@@ -212,15 +224,29 @@ def _phases(pipe: Any, card: student.Card, precision: torch.dtype) -> list[float
     noise_BCTHW = sampler.draw_noise(pipe, [0], card.call)
     taken: list[list[float]] = []
     for _ in range(REPEATS + 1):
-        at = [time.monotonic()]
+        at = [_now()]
         first, text = sampler.encode(pipe, clip.video_BCTHW[:, :, 0], [str(clip.captions[0])], card.call)
-        at.append(time.monotonic())
+        at.append(_now())
         latents = sampler.denoise(pipe, first, text, card.call, noise_BCTHW, precision)
-        at.append(time.monotonic())
+        at.append(_now())
         wan.decode_latents(pipe.vae, latents).cpu()
-        at.append(time.monotonic())
+        at.append(_now())
         taken.append([after - before for before, after in pairwise(at)])
     return [statistics.median(phase) for phase in zip(*taken[1:], strict=True)]
+
+
+def _now() -> float:
+    """In seconds, when the device has done what it was given."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.monotonic()
+
+
+def _device_name() -> str:
+    """Of what it is measured on, as part of a file's name."""
+    if training_device().type != "cuda":
+        return training_device().type
+    return "cuda-" + re.sub(r"\W+", "-", torch.cuda.get_device_name())
 
 
 def _store(path: Path, arrays: dict[str, np.ndarray]) -> None:

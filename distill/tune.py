@@ -13,8 +13,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import optuna
@@ -24,11 +25,12 @@ from optuna.trial import FrozenTrial, Trial, TrialState
 
 from distill import method, report, scores, student
 from distill.backbones import base as backbones
-from distill.config import DistillConfig, MethodConfig, TuneConfig, override
-from distill.loop import Run, write_json
+from distill.config import ConfigError, DistillConfig, MethodConfig, TuneConfig, override
+from distill.loop import Diverged, Run, remember, write_json
 from distill.scores import Asked, Scored
 
 CHOICE = "choice.json"
+FAILED = "failed"
 _WIDTHS = {"beta_1": 0.5, "beta_2": 0.25}
 """Half of the interval that a beta is drawn from, around what is searched."""
 
@@ -49,6 +51,8 @@ class Dimension:
     """The setting is an interval around the number, not below 0."""
     fixed: bool = False
     """The setting is an interval of this one number."""
+    same: tuple[str, ...] = ()
+    """Other settings that get the same value."""
 
     def suggest(self, trial: Trial) -> float:
         """The trial's."""
@@ -63,9 +67,15 @@ class Dimension:
             return f"{self.path}=[{max(value - width, 0):.6g}, {value + width:.6g}]"
         return f"{self.path}=[{value:.6g}, {value:.6g}]" if self.fixed else f"{self.path}={value:.6g}"
 
+    def settings(self, value: float) -> list[str]:
+        """With the others that get the same value."""
+        return [self.setting(value), *(f"{path}={value:.6g}" for path in self.same)]
+
 
 _SCORES = "recipe.matching.scores"
 _RATE = Dimension("learning_rate", "recipe.matching.fit.learning_rate", 3e-5, 3e-4, log=True)
+# A full critic has the student's.
+_BOTH_RATES = replace(_RATE, same=("recipe.matching.critic.learning_rate",))
 _BETA_1 = Dimension("beta_1", f"{_SCORES}.beta_1", 0.0, 4.0, fixed=True)
 _OWN_RATE = Dimension("learning_rate", "own.fit.learning_rate", 3e-5, 1e-3, log=True)
 SPACES: dict[str, tuple[Dimension, ...]] = {
@@ -75,7 +85,11 @@ SPACES: dict[str, tuple[Dimension, ...]] = {
         Dimension("beta_1", f"{_SCORES}.beta_1", 0.0, 4.0, interval=True),
         Dimension("beta_2", f"{_SCORES}.beta_2", 0.0, 1.5, interval=True),
     ),
-    "dmd2": (_BETA_1, _RATE, Dimension("gan", "recipe.matching.gan.student_weight", 0, 0, choices=(0.0, 5e-3, 2e-2))),
+    "dmd2": (
+        _BETA_1,
+        _BOTH_RATES,
+        Dimension("gan", "recipe.matching.gan.student_weight", 0, 0, choices=(0.0, 5e-3, 2e-2)),
+    ),
     "magic": (_BETA_1, _RATE, Dimension("alpha_weak", f"{_SCORES}.alpha_weak", 0.0, 0.75)),
     "lcm": (
         Dimension("guidance", "own.guidance_scale", 1.0, 5.0),
@@ -120,7 +134,7 @@ def tune(folder: Path, name: str, recipe: DistillConfig, config: TuneConfig, say
     """Try what is left to try and choose; returns `choice.json`.
 
     Raises:
-        ConfigError: a setting that cannot work.
+        ConfigError: a setting that cannot work, another search was begun in the folder, or no training went to its end.
         FolderError: the teacher's folder is broken.
         Interrupted: a signal came; the same call goes on.
     """
@@ -128,6 +142,9 @@ def tune(folder: Path, name: str, recipe: DistillConfig, config: TuneConfig, say
     run = Run(out, config.seed)
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     with run.handling_signals():
+        # How many trials is no part of it: more can be added.
+        remember(out, config.model_copy(update={"trials": 1}))
+        remember(out / "recipe", recipe)
         judge = Judge(folder, name, recipe, config, run)
         study = _study(out, config)
         _go_on(study, FIRST[name])
@@ -137,7 +154,13 @@ def tune(folder: Path, name: str, recipe: DistillConfig, config: TuneConfig, say
             state = TrialState.PRUNED
             for rung in range(config.rungs):
                 params = {dimension.name: dimension.suggest(trial) for dimension in SPACES[name]}
-                tried = judge.judged(_named(trial), params, rung)
+                try:
+                    tried = judge.judged(_named(trial), params, rung)
+                except (FloatingPointError, Diverged) as error:  # what the method does with these settings
+                    trial.set_user_attr(FAILED, f"rung {rung}: {error}")
+                    say(f"{_named(trial)}, rung {rung}: {error}")
+                    state = TrialState.FAIL
+                    break
                 _note(trial, tried)
                 say(f"{tried.name}, rung {rung}: score {tried.score:.3f}, {_limits_of(tried)}")
                 trial.report(tried.score - tried.excess, config.reduction**rung)
@@ -146,12 +169,32 @@ def tune(folder: Path, name: str, recipe: DistillConfig, config: TuneConfig, say
                 elif trial.should_prune() and "why" not in trial.user_attrs:
                     break
             study.tell(trial, tried.score - tried.excess if state == TrialState.COMPLETE else None, state=state)
-            write_report(out, name, config, _tried(study))
+            write_report(out, name, config, _tried(study), _failures(study))
+        if not any(one.rung == config.rungs - 1 for one in _tried(study)):
+            raise ConfigError(
+                f"no setting of {name} was trained to the last rung; see {out / 'trials.md'}, raise --trials"
+            )
         best = choose(_tried(study), config.rungs)
-        settings = [dimension.setting(best.params[dimension.name]) for dimension in SPACES[name]]
-        write_json(out / CHOICE, {"method": name, "settings": settings, "dev_score": best.score, **best.ratios})
-        write_report(out, name, config, _tried(study), best)
+        search = {"trials": len(_finished(study)), "budget": config.budget}
+        chosen = {"settings": settings_of(name, best.params), "dev_score": best.score, **best.ratios}
+        write_json(out / CHOICE, {"method": name, **search, **chosen})
+        write_report(out, name, config, _tried(study), _failures(study), best)
     return out / CHOICE
+
+
+def settings_of(name: str, params: dict[str, float]) -> list[str]:
+    """What was searched as settings of a `MethodConfig`."""
+    return [setting for dimension in SPACES[name] for setting in dimension.settings(params[dimension.name])]
+
+
+def trial_config(
+    name: str, recipe: DistillConfig, config: TuneConfig, params: dict[str, float], rung: int, blocks: int
+) -> MethodConfig:
+    """The row that a setting is trained as on a rung. Raises ``ConfigError`` where the budget is too small for it."""
+    short = method.with_short_importance(recipe)
+    of = override(method.METHODS[name].settings(short), settings_of(name, params))
+    budget = config.budget / config.reduction ** (config.rungs - 1 - rung)
+    return method.within(of, budget * method.unit_passes(recipe, blocks), config.pruning_share, blocks)
 
 
 def choose(tried: Sequence[Tried], rungs: int) -> Tried:
@@ -187,17 +230,10 @@ class Judge:
         self._blocks = len(backbones.load(card.backbone, card.task).blocks(transformer))
         self._teacher = self._measure(Path(recipe.teacher))
 
-    def config(self, params: dict[str, float], rung: int) -> MethodConfig:
-        """The row that a setting is trained as on a rung."""
-        settings = [dimension.setting(params[dimension.name]) for dimension in SPACES[self._name]]
-        of = override(method.METHODS[self._name].settings(self._recipe), settings)
-        budget = self._config.budget / self._config.reduction ** (self._config.rungs - 1 - rung)
-        passes = budget * method.unit_passes(self._recipe, self._blocks)
-        return method.within(of, passes, self._config.pruning_share, self._blocks)
-
     def judged(self, name: str, params: dict[str, float], rung: int) -> Tried:
         """Train a setting as far as the rung and measure it beside the teacher."""
-        scored = self._measure(method.train(self._folder, self.config(params, rung)) / "student")
+        row = trial_config(self._name, self._recipe, self._config, params, rung, self._blocks)
+        scored = self._measure(method.train(self._folder, row) / "student")
         of = self._teacher
         ratios = {name: _ratio(scored.values[name], of.values[name]) for name in ("dynamic_degree", "flicker")}
         ratios["diversity"] = _ratio(scored.diversity, of.diversity)
@@ -242,6 +278,8 @@ def _go_on(study: optuna.Study, first: dict[str, dict[str, float]]) -> None:
             study.enqueue_trial(params, user_attrs={"why": why})
     for trial in study.get_trials(states=(TrialState.RUNNING,)):
         study.tell(trial.number, state=TrialState.FAIL)
+        if FAILED in trial.user_attrs:  # stopped just after that
+            continue
         attributes = {"why": trial.user_attrs["why"]} if "why" in trial.user_attrs else {}
         # What it had not drawn yet was queued with it, if it was.
         known = trial.params or trial.system_attrs.get("fixed_params", {})
@@ -249,10 +287,21 @@ def _go_on(study: optuna.Study, first: dict[str, dict[str, float]]) -> None:
 
 
 def _finished(study: optuna.Study) -> list[FrozenTrial]:
-    return study.get_trials(states=(TrialState.COMPLETE, TrialState.PRUNED))
+    """With those whose training failed; those that were stopped are not."""
+    ended = study.get_trials(states=(TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL))
+    return [trial for trial in ended if trial.state != TrialState.FAIL or FAILED in trial.user_attrs]
 
 
-def _named(trial: Trial) -> str:
+def _failures(study: optuna.Study) -> dict[str, str]:
+    """By name, settings and error of what could not be trained to the end."""
+    return {
+        _named(trial): f"{', '.join(f'{n} {v:.3g}' for n, v in trial.params.items())}; {trial.user_attrs[FAILED]}"
+        for trial in _finished(study)
+        if FAILED in trial.user_attrs
+    }
+
+
+def _named(trial: Trial | FrozenTrial) -> str:
     return str(trial.user_attrs.get("why", f"trial {trial.number}"))
 
 
@@ -263,21 +312,23 @@ def _note(trial: Trial, tried: Tried) -> None:
 def _tried(study: optuna.Study) -> list[Tried]:
     found = []
     for trial in _finished(study):
-        rung, score, ratios, excess = trial.user_attrs["tried"]
-        name = str(trial.user_attrs.get("why", f"trial {trial.number}"))
-        found.append(Tried(name, dict(trial.params), rung, score, ratios, excess))
+        if FAILED not in trial.user_attrs:
+            rung, score, ratios, excess = trial.user_attrs["tried"]
+            found.append(Tried(_named(trial), dict(trial.params), rung, score, ratios, excess))
     return found
 
 
 # --- the report -----------------------------------------------------------------------------------------------------
 
 
-def write_report(out: Path, name: str, config: TuneConfig, tried: list[Tried], best: Tried | None = None) -> None:
+def write_report(
+    out: Path, name: str, config: TuneConfig, tried: list[Tried], failed: dict[str, str], best: Tried | None = None
+) -> None:
     """`trials.md`, best first, and `trials.json`."""
     names = [dimension.name for dimension in SPACES[name]]
     ordered = sorted(tried, key=lambda one: (-one.rung, one.excess, -one.score))
     lines = [
-        f"# {method.METHODS[name].title}: {config.trials} settings on dev",
+        f"# {method.METHODS[name].title}: {len(tried) + len(failed)} settings on dev",
         "",
         f"{config.clips} clips, half of them with closed captions; {config.rungs} rungs, the last of {config.budget:g} "
         f"units, each {config.reduction} times the one before. Limits over the teacher's: dynamic degree "
@@ -293,6 +344,9 @@ def write_report(out: Path, name: str, config: TuneConfig, tried: list[Tried], b
         cells += [f"{one.ratios[n]:.3f}" for n in ("dynamic_degree", "flicker", "diversity")]
         cells.append(f"{one.excess:.3f}" if one.excess else "")
         lines.append(f"| {one.name}{' (chosen)' if one == best else ''} | " + " | ".join(cells) + " |")
+    if failed:
+        lines += ["", "Not trained to the end, and never chosen:", ""]
+        lines += [f"- {of}: {why}" for of, why in failed.items()]
     report.write(out / "trials.md", "\n".join(lines) + "\n")
     write_json(out / "trials.json", [asdict(one) for one in ordered])
 
@@ -303,5 +357,13 @@ def _limits_of(tried: Tried) -> str:
 
 def choices(folder: Path) -> dict[str, tuple[str, ...]]:
     """By method, what `distill tune` chose in this folder."""
-    found = [json.loads(path.read_text()) for path in sorted(folder.glob(f"tune-*/{CHOICE}"))]
-    return {choice["method"]: tuple(choice["settings"]) for choice in found}
+    return {choice["method"]: tuple(choice["settings"]) for choice in _choices(folder)}
+
+
+def searches(folder: Path) -> dict[str, tuple[int, float]]:
+    """By method, how many settings it chose from, and the budget of the last rung."""
+    return {choice["method"]: (choice["trials"], choice["budget"]) for choice in _choices(folder)}
+
+
+def _choices(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(path.read_text()) for path in sorted(folder.glob(f"tune-*/{CHOICE}"))]

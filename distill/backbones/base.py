@@ -70,6 +70,9 @@ class Backbone(Protocol):
     ) -> AbstractContextManager[None]:
         """Within it, self-attention of these blocks sees no other frame."""
 
+    def without_self_attention(self, transformer: Any, left_out: Collection[int]) -> AbstractContextManager[None]:
+        """Within it, self-attention of these blocks is not computed and adds nothing."""
+
     def silence_self_attention(self, transformer: Any, silenced: Collection[int]) -> None:
         """Self-attention of these blocks adds nothing from now on."""
 

@@ -292,6 +292,13 @@ def within_frames(transformer: Any, limited: Collection[int], num_frames: int) -
         yield
 
 
+@contextmanager
+def without_self_attention(transformer: Any, left_out: Collection[int]) -> Iterator[None]:
+    """Within it, self-attention of these blocks is not computed and adds nothing."""
+    with _processors(transformer, {i: _NoAttnProcessor() for i in left_out}):
+        yield
+
+
 def silence_self_attention(transformer: Any, silenced: Collection[int]) -> None:
     """Self-attention of these blocks adds nothing from now on: what its last layer gives is 0."""
     for i in silenced:
@@ -340,6 +347,13 @@ class _MeasuringAttnProcessor(WanAttnProcessor):
         elsewhere_QN = (frame_N[row_Q, None] != frame_N).to(attention_BHQN)
         self._shares.append((attention_BHQN * elsewhere_QN).sum(-1).mean().item())
         return super().__call__(attn, hidden_states, encoder_hidden_states, attention_mask, rotary_emb)
+
+
+class _NoAttnProcessor(WanAttnProcessor):
+    """None at all."""
+
+    def __call__(self, _attn: Any, hidden_states: Tensor, *_: Any) -> Tensor:
+        return torch.zeros_like(hidden_states)
 
 
 class _WithinFrameAttnProcessor(WanAttnProcessor):

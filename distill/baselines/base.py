@@ -103,10 +103,12 @@ def matching_passes(config: MatchingConfig, steps: int, blocks: int, student: in
     calls = 1.0 if config.rollout == "data" else (steps + 1) / 2
     critic = student if config.critic.pruned else blocks
     full = {"full": blocks, "teacher": blocks, "pruned": student, "interpolated": blocks + student}
-    gan = config.gan.student_weight > 0
+    # All of the critic is run for the discriminator; the way back begins where it reads.
+    read = critic if config.gan.tokens == "last" else critic // 2
+    told_apart = critic + (TRAINED - 1) * read if config.gan.student_weight > 0 else 0
     scores = 2 * full[config.scores.source] + (student if gap else 0) + critic
-    generator = (calls - 1 + TRAINED) * student + scores + (TRAINED * critic if gan else 0)
-    follow = calls * student + TRAINED * critic * (2 if gan else 1)
+    generator = (calls - 1 + TRAINED) * student + scores + told_apart
+    follow = calls * student + TRAINED * critic + told_apart
     return (generator * config.fit.accumulate + follow * config.critic.updates) * config.fit.batch
 
 

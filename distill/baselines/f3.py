@@ -83,10 +83,24 @@ def train(run: Run, given: Given, start: Start, config: MethodConfig) -> Made:
 
 
 @contextmanager
-def as_pruned(given_backbone: Any, transformer: Any, run_folder: Path, num_frames: int) -> Iterator[None]:
-    """Within it a loaded student attends as its run's ``edges`` say, which no model folder can hold."""
+def as_pruned(
+    given_backbone: Any, transformer: Any, run_folder: Path, num_frames: int, timed: bool = False
+) -> Iterator[None]:
+    """Within it a loaded student attends as its run's ``edges`` say, which no model folder can hold.
+
+    Args:
+        given_backbone: the module.
+        transformer: the student's.
+        run_folder: holds what was found.
+        num_frames: of the latents.
+        timed: leave out what ``sublayer`` silenced, too: it adds nothing, but would take its time.
+    """
     path = run_folder / FOUND
     found = json.loads(path.read_text()) if path.exists() else {"mode": None, "chosen": []}
     limited = found["chosen"] if found["mode"] == "edges" else []
-    with given_backbone.within_frames(transformer, limited, num_frames):
+    left_out = found["chosen"] if timed and found["mode"] == "sublayer" else []
+    with (
+        given_backbone.within_frames(transformer, limited, num_frames),
+        given_backbone.without_self_attention(transformer, left_out),
+    ):
         yield

@@ -25,9 +25,10 @@ from distill.stages.given import Batch, Given, noised
 
 def settings(recipe: DistillConfig, weights: Literal["teacher", "pruned"] = "teacher") -> MethodConfig:
     """The defaults: the optimiser of the recipe's stage III with LCM's averaging, guidance as the teacher's."""
-    low, high = recipe.matching.scores.beta_1
+    scores = recipe.matching.scores
+    guidance = sum(scores.beta_1) / 2 + (1 if scores.cfg_unit == "extra" else 0)
     fit = recipe.matching.fit.model_copy(update={"ema_decay": 0.95, "betas": (0.9, 0.99)})
-    own = LcmConfig(solver_steps=50, guidance_scale=1 + (low + high) / 2, huber=0.001, fit=fit)
+    own = LcmConfig(solver_steps=50, guidance_scale=guidance, huber=0.001, fit=fit)
     return MethodConfig(method="lcm", weights=weights, recipe=recipe, own=own)
 
 

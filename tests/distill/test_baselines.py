@@ -14,7 +14,8 @@ from diffusers.models.transformers.transformer_wan import WanTransformerBlock
 from safetensors.torch import load_file
 from torch import nn
 
-from distill import loop, losses, method, schedule, student
+from distill import loop, losses, method, schedule, scores, student
+from distill import run as run_module
 from distill.backbones import wan
 from distill.baselines import base, dmd2, f3, fastlightgen, icmd, lcm, magic
 from distill.config import ConfigError, FitConfig, MethodConfig
@@ -359,13 +360,21 @@ def test_the_student_of_four_steps_is_the_recipe_s(recipe):
 
 @contextmanager
 def counted(monkeypatch):
-    """Block passes within: 1 for a clip forward, 3 where a backward pass follows."""
+    """Block passes within: 1 for a clip forward, 2 more when a gradient comes back to what it gave."""
     counts = {"passes": 0}
     forward = WanTransformerBlock.forward
 
     def counting(self, hidden_states, *rest):
-        counts["passes"] += len(hidden_states) * (3 if torch.is_grad_enabled() else 1)
-        return forward(self, hidden_states, *rest)
+        clips = len(hidden_states)
+        counts["passes"] += clips
+        given = forward(self, hidden_states, *rest)
+
+        def counting_back(_gradient):
+            counts["passes"] += 2 * clips
+
+        if given.requires_grad:
+            given.register_hook(counting_back)
+        return given
 
     with monkeypatch.context() as patch:
         patch.setattr(WanTransformerBlock, "forward", counting)
@@ -440,6 +449,15 @@ def test_the_cost_of_stages_one_and_two_is_what_is_counted(given, run, recipe, m
     assert base.pruning_passes(drawn, 0.3, 10) == (10 + 3 * 7) * drawn.fit.batch
 
 
+def test_lcm_s_guidance_is_the_recipe_s_in_either_unit(recipe):
+    def guidance(unit, ends):
+        scores = recipe.matching.scores.model_copy(update={"cfg_unit": unit, "beta_1": ends})
+        of = recipe.model_copy(update={"matching": recipe.matching.model_copy(update={"scores": scores})})
+        return lcm.settings(of).own.guidance_scale
+
+    assert guidance("extra", (0.5, 1.5)) == guidance("standard", (1.5, 2.5)) == 2.0
+
+
 # --- rows -----------------------------------------------------------------------------------------------------------
 
 
@@ -503,6 +521,26 @@ def test_two_steps_of_a_method_leave_a_valid_student(root, short, made, weights,
     assert (folder / "row.json").stat().st_mtime_ns == before
 
 
+@pytest.mark.parametrize("where", ["shared latents", "row"])
+def test_a_signal_after_the_last_look_ends_the_work_too(tmp_path, short, monkeypatch, where):
+    opened = run_module.Given if where == "shared latents" else method.write_json
+
+    def signalled(*arguments):
+        made = opened(*arguments)
+        signal.raise_signal(signal.SIGTERM)
+        return made
+
+    config = configured(short, "euler", "teacher")
+    with monkeypatch.context() as patch:
+        patch.setattr(*((run_module, "Given") if where == "shared latents" else (method, "write_json")), signalled)
+        with pytest.raises(loop.Interrupted):
+            method.train(tmp_path, config)
+    assert (
+        bool(list(tmp_path.glob("stages/*/done"))) == bool(list(tmp_path.glob("rows/*/row.json"))) == (where == "row")
+    )
+    assert student.read_card(method.train(tmp_path, config) / "student").kind == "student"
+
+
 @pytest.mark.parametrize("made", ["lcm", "dmd2"])
 def test_a_stopped_row_goes_on_to_the_same_bits(tmp_path, short, monkeypatch, made):
     event = loop.Run.event
@@ -531,7 +569,7 @@ def test_a_stopped_row_goes_on_to_the_same_bits(tmp_path, short, monkeypatch, ma
 
 
 @pytest.mark.parametrize("mode", ["sublayer", "edges"])
-def test_the_other_ways_of_f3_keep_every_block(root, short, mode):
+def test_the_other_ways_of_f3_keep_every_block(root, short, mode, tmp_path, monkeypatch):
     config = configured(short, "f3", "teacher")
     folder = method.train(root, config.model_copy(update={"own": config.own.model_copy(update={"mode": mode})}))
     found = json.loads((folder / f3.FOUND).read_text())
@@ -544,6 +582,37 @@ def test_the_other_ways_of_f3_keep_every_block(root, short, mode):
     with f3.as_pruned(wan, pipe.transformer, folder, num_frames=5):
         limited = [block.attn1.processor is not old for block, old in zip(pipe.transformer.blocks, before, strict=True)]
     assert limited == [mode == "edges" and i in found["chosen"] for i in range(tiny.NUM_LAYERS)]
+    # The same is made while it is timed, without the products that give nothing.
+    transformer, generator = pipe.transformer, torch.Generator().manual_seed(0)
+    x_BCTHW = torch.randn(1, transformer.config.in_channels, 5, 8, 8, generator=generator)
+    text_BLD = torch.randn(1, 4, transformer.config.text_dim, generator=generator)
+    asked = (x_BCTHW, torch.tensor([500]), text_BLD)
+    computed = []
+    hooks = [
+        b.attn1.to_q.register_forward_hook(lambda *_, i=i: computed.append(i)) for i, b in enumerate(transformer.blocks)
+    ]
+    with torch.no_grad():
+        with f3.as_pruned(wan, transformer, folder, num_frames=5):
+            measured = transformer(*asked, return_dict=False)[0]
+        assert computed == list(range(tiny.NUM_LAYERS))
+        computed.clear()
+        with f3.as_pruned(wan, transformer, folder, num_frames=5, timed=True):
+            timed = transformer(*asked, return_dict=False)[0]
+    for hook in hooks:
+        hook.remove()
+    assert computed == [i for i in range(tiny.NUM_LAYERS) if mode == "edges" or i not in found["chosen"]]
+    assert torch.equal(measured, timed)
+    # And it is timed so, in a pipeline of its own.
+    processors = []
+
+    def phases(pipe, *_):
+        processors.extend(type(block.attn1.processor).__name__ for block in pipe.transformer.blocks)
+        return [0.0] * 3
+
+    monkeypatch.setattr(scores, "_phases", phases)
+    scores._Measured(folder / "student", tmp_path, scores.Asked("dev", 2, 1, 0, 2, "float32")).seconds(lambda: None)
+    wanted = {"edges": "_WithinFrameAttnProcessor", "sublayer": "_NoAttnProcessor"}[mode]
+    assert [i for i, name in enumerate(processors) if name == wanted] == found["chosen"]
 
 
 def test_settings_of_another_method_are_refused(recipe):

@@ -6,13 +6,14 @@ import json
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from distill import compare, evaluate, loop, method, recipes, scores
+from distill import compare, evaluate, loop, method, recipes, scores, tune
 from distill.config import ConfigError, override
 from distill.scores import Asked, Scored
 from tests.distill import tiny
@@ -89,10 +90,61 @@ def test_what_was_tuned_is_taken_for_that_method_alone(shapes_recipe):
     assert tuned["LCM"].own.huber == 0.5
 
 
+def test_a_tuned_stage_two_is_that_of_every_pruned_row(shapes_recipe):
+    chosen = ("recipe.pruning.alpha=0.5", "recipe.matching.scores.beta_2=[0.5, 1.0]")
+    config = recipes.compare_shapes().model_copy(update={"choices": {"fastlightgen": chosen}})
+    rows = [row for row in compare._methods(shapes_recipe, config, BLOCKS) if row.config]
+    pruned = [row for row in rows if row.config.weights == "pruned"]
+    assert {row.config.recipe.pruning.alpha for row in pruned} == {0.5}
+    assert len({repr(row.config.recipe.pruning) for row in pruned}) == 1
+    assert [row.name for row in rows if row.config.recipe.matching.scores.beta_2 == (0.5, 1.0)] == [
+        row.name for row in rows if row.config.method == "fastlightgen"
+    ]
+
+
+def test_the_report_says_which_methods_were_tuned_and_how_much():
+    config = recipes.compare_shapes()
+    assert compare._settings(config) == ["Every method has its defaults; none was tuned.", ""]
+
+    def said(searches):
+        choices = {name: ("recipe.seed=0",) for name in searches}
+        return "\n".join(compare._settings(config.model_copy(update={"choices": choices, "searches": searches})))
+
+    one = said({"lcm": (12, 60.0)})
+    assert "- LCM: tuned on dev (12 trials, the last rung of 60 units): recipe.seed=0" in one
+    assert "- DMD2: defaults, not tuned" in one
+    assert "not tuned alike" in one
+    alike = dict.fromkeys(tune.SPACES, (12, 60.0))
+    assert "not tuned alike" not in said(alike)
+    assert "not tuned alike" in said({**alike, "lcm": (24, 60.0)})
+
+
+def test_rows_of_different_code_are_named():
+    def trained_by(name, commit):
+        one = done(name, np.zeros((1, 1, 2)))
+        return replace(one, spent=[{"code": {"version": "1", "git": commit}}])
+
+    assert compare._versions([trained_by("a", "x"), trained_by("b", "x")]) == []
+    assert "- Trained by 1 y: b" in compare._versions([trained_by("a", "x"), trained_by("b", "y")])
+
+
+def test_every_seed_s_failure_is_reported_and_the_others_go_on(tiny_recipe, config, tmp_path, monkeypatch):
+    changes = {"budget": 2.0, "rows": ("teacher", "LCM"), "clips": 2, "diversity_pairs": 0, "seeds": 2}
+
+    def fails(_root, config):
+        raise (FloatingPointError, loop.Diverged)[config.recipe.seed - tiny_recipe.seed]("lower the learning rate")
+
+    monkeypatch.setattr(method, "train", fails)
+    report = compare.compare(tmp_path, tiny_recipe, config.model_copy(update=changes), lambda _line: None)
+    why = ["seed 0: lower the learning rate", "seed 1: lower the learning rate"]
+    assert json.loads((tmp_path / "report.json").read_text())["failed"] == {"LCM": why}
+    assert f"- LCM ended early, {'; '.join(why)}" in report.read_text()
+
+
 # --- rows by their hash ---------------------------------------------------------------------------------------------
 
 
-def test_a_row_is_named_by_what_its_student_depends_on_and_nothing_else(shapes_recipe):
+def test_a_row_is_named_by_what_its_student_depends_on_and_nothing_else(shapes_recipe, monkeypatch):
     def sha256(made="lcm", weights="teacher", settings=(), of="0" * 64):
         recipe = override(shapes_recipe, list(settings))
         return method.row_sha256(method.METHODS[made].settings(recipe, weights), of)
@@ -108,12 +160,14 @@ def test_a_row_is_named_by_what_its_student_depends_on_and_nothing_else(shapes_r
     assert sha256(weights="pruned", settings=["pruning.alpha=0"]) != sha256(weights="pruned")
     assert sha256("dmd2", settings=["matching.score_min=0.1"]) != sha256("dmd2")
     assert sha256("dmd2", settings=["pruning.alpha=0"]) == sha256("dmd2")
+    monkeypatch.setattr(method, "METHOD_VERSION", method.METHOD_VERSION + 1)
+    assert sha256() != plain
 
 
 # --- intervals ------------------------------------------------------------------------------------------------------
 
 
-def done(name, values_TSC, closed=None):
+def done(name, values_TSC, closed=None, seeds=None, config=None):
     clips = np.asarray(values_TSC).shape[-1]
     made = [
         Scored(
@@ -125,7 +179,8 @@ def done(name, values_TSC, closed=None):
         )
         for values_SC in values_TSC
     ]
-    return compare.Done(compare.Row(name, "methods", None), [], made, [{}] * len(made), 10, 1 / 3)
+    seeds = list(range(len(made))) if seeds is None else seeds
+    return compare.Done(compare.Row(name, "methods", config), [], made, seeds, [{}] * len(made), 10, 1 / 3)
 
 
 def test_a_difference_is_paired_over_clips_and_seeds():
@@ -142,6 +197,20 @@ def test_a_difference_is_paired_over_clips_and_seeds():
     assert compare._difference(same).endswith(", level")
     closed_mean, *_ = one.interval("score", "closed")
     assert closed_mean == pytest.approx(one.values["score"][..., :32].mean())
+
+
+def test_trained_rows_are_paired_on_the_training_seeds_that_both_have(shapes_recipe):
+    trained = method.METHODS["dmd2"].settings(shapes_recipe)
+    by_seed = np.arange(3.0)[:, None, None] * np.ones((1, 2, 8))
+    ours = done("FastLightGen", by_seed + 0.5, config=trained)
+    # Its seed 0 failed: seeds 1 and 2 are compared with ours of the same numbers.
+    late = done("DMD2", by_seed[1:], seeds=[1, 2], config=trained)
+    assert late.interval("score", minus=ours) == pytest.approx((-0.5, -0.5, -0.5))
+    assert ours.interval("score", "closed", minus=late) == pytest.approx((0.5, 0.5, 0.5))
+    other = done("LCM", by_seed[:1], seeds=[3], config=trained)
+    assert compare._difference(other.interval("score", minus=ours)) == ""
+    # What is not trained is the same for every seed.
+    assert done("teacher", by_seed[1:2]).interval("score", minus=ours)[0] == pytest.approx(-0.5)
 
 
 def test_training_seeds_that_disagree_widen_the_interval():
@@ -163,7 +232,7 @@ def test_block_evaluations_count_steps_guidance_and_depth(shapes_recipe):
     ours = student.read_card(ROOT / "models" / "shapes-4step")
 
     def counted(name, card):
-        return compare.Done(rows[name], [card], [], [{}], BLOCKS, 1 / 3).block_evaluations
+        return compare.Done(rows[name], [card], [], [0], [{}], BLOCKS, 1 / 3).block_evaluations
 
     assert counted("teacher", teacher) == 50 * 2 * 10
     assert counted("FastLightGen", ours) == 4 * 7
@@ -196,6 +265,22 @@ def test_parts_are_measured_once_and_more_clips_are_added_to_them(tiny_teacher, 
     assert torch.equal(again.shown_BCTHW, first.shown_BCTHW)
     with pytest.raises(ConfigError, match="an even number is wanted; got 3"):
         scores.measure(tiny_teacher, tmp_path, Asked("dev", 3, 1, 0, 2, "float32"), never)
+
+
+def test_what_was_measured_by_other_metrics_or_on_another_device_is_measured_anew(tiny_teacher, tmp_path, monkeypatch):
+    asked = Asked("dev", clips=2, noise_seeds=1, diversity_pairs=0, diversity_samples=2, precision="float32")
+
+    def folder_of_parts():
+        scores._Measured(tiny_teacher, tmp_path, asked)
+        return {path.name for path in tmp_path.iterdir()}
+
+    assert len(folder_of_parts()) == len(folder_of_parts()) == 1
+    monkeypatch.setattr(scores, "MEASURED_VERSION", scores.MEASURED_VERSION + 1)
+    assert len(folder_of_parts()) == 2
+    monkeypatch.setattr(scores, "training_device", lambda: torch.device("cuda"))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H200")
+    [name] = [name for name in folder_of_parts() if "cuda" in name]
+    assert "-cuda-NVIDIA-H200-" in name
 
 
 ROWS = ["teacher", "FastLightGen", "1 step, 0 % pruned", "beta_2 = 0.25"]
@@ -256,6 +341,7 @@ def test_the_comparison_is_stopped_goes_on_and_is_reported(tiny_recipe, config, 
         (["compare", "shapes", "--budget", "0"], "budget: got 0.0; Input should be greater than 0"),
         (["tune", "shapes", "--method", "f3"], "--method f3: nothing of it is searched; there are: fastlightgen, dmd2"),
         (["compare", "shapes", "--set", "teacher=nowhere"], "nowhere is no model folder"),
+        (["compare", "shapes", "--tuned"], "--tuned: nothing was chosen in "),
     ],
 )
 def test_what_cannot_be_compared_is_one_clear_line_and_exit_2(tmp_path, capsys, arguments, message):

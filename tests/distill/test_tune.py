@@ -8,7 +8,7 @@ import math
 import pytest
 
 from distill import compare, loop, method, recipes, tune
-from distill.config import override
+from distill.config import ConfigError, override
 from distill.tune import Tried
 from tests.distill import tiny
 
@@ -58,6 +58,23 @@ def test_what_is_searched_are_settings_of_each_method(tiny_config):
     assert (scores.beta_1, scores.beta_2) == ((3.0, 4.0), (0.0, 0.5))
 
 
+@pytest.mark.parametrize("name", tune.SPACES)
+def test_every_rung_of_the_default_search_pays_for_all_stages(name):
+    recipe, config = recipes.distill_shapes(), recipes.tune_shapes()
+    params = next(iter(tune.FIRST[name].values()))
+    for rung in range(config.rungs):
+        row = tune.trial_config(name, recipe, config, params, rung, blocks=10)
+        assert method.fit_of(row).steps >= 5
+        if row.weights == "pruned":
+            assert row.recipe.pruning.fit.steps >= 40
+
+
+def test_a_tuned_learning_rate_reaches_the_full_critic_too(tiny_config):
+    chosen = tune.settings_of("dmd2", {"beta_1": 1.0, "learning_rate": 2e-4, "gan": 0.0})
+    matching = override(method.METHODS["dmd2"].settings(tiny_config), chosen).recipe.matching
+    assert matching.fit.learning_rate == matching.critic.learning_rate == 2e-4
+
+
 # --- the search -----------------------------------------------------------------------------------------------------
 
 
@@ -95,6 +112,7 @@ def test_the_search_halves_and_finds_at_least_the_paper_s(landscape, tiny_config
     assert by_rung[0] == 12
     assert by_rung[0] > by_rung[1] > by_rung[2] >= 2
     assert tune.choices(tmp_path) == {"fastlightgen": tuple(choice["settings"])}
+    assert tune.searches(tmp_path) == {"fastlightgen": (12, 40.0)}
     table = (tmp_path / "tune-fastlightgen" / "trials.md").read_text()
     assert table.count("(chosen)") == 1
 
@@ -125,6 +143,52 @@ def test_a_stopped_search_goes_on_where_it_was(landscape, tiny_config, config, t
     again = len(landscape.asked)
     tune.tune(tmp_path, "fastlightgen", tiny_config, config, lambda _line: None)
     assert len(landscape.asked) == again
+
+
+def test_another_search_in_the_same_folder_is_refused_but_more_trials_are_not(landscape, tiny_config, config, tmp_path):
+    def again(recipe=tiny_config, **changes):
+        return tune.tune(tmp_path, "fastlightgen", recipe, config.model_copy(update=changes), lambda _line: None)
+
+    again(trials=3)
+    again(trials=4)
+    asked = len(landscape.asked)
+    with pytest.raises(ConfigError, match=r"begun with other settings \(they differ in: budget\)"):
+        again(budget=80.0)
+    with pytest.raises(ConfigError, match=r"begun with other settings \(they differ in: num_clips\)"):
+        again(tiny_config.model_copy(update={"num_clips": 9}))
+    assert len(landscape.asked) == asked
+
+
+@pytest.mark.parametrize("error", [FloatingPointError, loop.Diverged])
+def test_a_setting_that_diverges_counts_is_listed_and_is_not_tried_again(
+    landscape, tiny_config, config, tmp_path, monkeypatch, error
+):
+    class Diverging(landscape):
+        def judged(self, name, params, rung):
+            made = super().judged(name, params, rung)
+            if name.startswith("the paper's") and rung == 1:
+                raise error("the gradient is not finite")
+            return made
+
+    monkeypatch.setattr(tune, "Judge", Diverging)
+    for _ in range(2):
+        choice = tune.tune(tmp_path, "fastlightgen", tiny_config, config, lambda _line: None)
+    assert json.loads(choice.read_text())["trials"] == 12
+    found = json.loads((choice.parent / "trials.json").read_text())
+    assert len(found) == 11
+    assert not any(one["name"].startswith("the paper's") for one in found)
+    assert sum(rung == 0 for _, rung in Diverging.asked) == 12
+    table = (choice.parent / "trials.md").read_text()
+    assert "- the paper's, by secondary notes: alpha 1, beta_1 3.5, beta_2 0.25; rung 1: the gradient is not" in table
+
+
+def test_where_nothing_could_be_trained_nothing_is_chosen(landscape, tiny_config, config, tmp_path, monkeypatch):
+    def fails(*_):
+        raise FloatingPointError("the gradient is not finite")
+
+    monkeypatch.setattr(landscape, "judged", fails)
+    with pytest.raises(ConfigError, match="no setting of fastlightgen was trained to the last rung"):
+        tune.tune(tmp_path, "fastlightgen", tiny_config, config, lambda _line: None)
 
 
 def test_real_trainings_are_judged_beside_the_teacher(tiny_teacher, tmp_path):
