@@ -85,6 +85,8 @@ def services(redis_server, redis, tmp_path, monkeypatch):
     assert redis
     monkeypatch.setattr("service.auth._REMEMBERED_S", 0.0)
     monkeypatch.setattr("service.links._LOOK_S", 0.0)
+    # What each does at its start and every half a minute, these do when a test says so (`refresh`).
+    monkeypatch.setattr("service.app._keep_up", lambda *_works: asyncio.Event().wait())
     return Services(redis_server.url, str(tmp_path))
 
 
