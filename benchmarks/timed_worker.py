@@ -127,7 +127,8 @@ def serve(
     storage: Storage,
     *,
     name: str | None = None,
-    kind: type[GpuWorker] = GpuWorker,
+    kind: Callable[..., GpuWorker] = GpuWorker,
+    hang_s: int | None = HANG_S,
     **runtime: Any,
 ) -> None:
     """Be a worker with this pipeline until SIGTERM.
@@ -138,6 +139,7 @@ def serve(
         storage: of the service.
         name: a new one where none is given.
         kind: of worker.
+        hang_s: of its pacemaker; None: it has none.
         runtime: more fields of `jobs.Runtime`.
     """
     assert "torch" not in sys.modules  # what is measured is not its size, nor how long its import takes
@@ -154,7 +156,7 @@ def serve(
         started_at=now(),
         seen_at=now(),
     )
-    pulse = Pulse(redis, heartbeat, lease_s, Pacemaker(url, lease_s, HANG_S))
+    pulse = Pulse(redis, heartbeat, lease_s, None if hang_s is None else Pacemaker(url, lease_s, hang_s))
     pulse.start()
     try:
         kind(connect(url, text=False), name, pulse, lease_s, Flights(overlap=True)).work(logging_level="WARNING")

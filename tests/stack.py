@@ -67,11 +67,16 @@ class RedisServer:
     def url(self) -> str:
         return f"redis://:{self.password}@127.0.0.1:{self.port}/0"
 
+    @property
+    def access(self) -> str:
+        """The lines of its configuration that say who may do what."""
+        return f"requirepass {self.password}"
+
     def start(self) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
         config = self.folder / "redis.conf"
         config.write_text(
-            f"bind 127.0.0.1\nport {self.port}\nrequirepass {self.password}\ndir {self.folder}\n"
+            f"bind 127.0.0.1\nport {self.port}\n{self.access}\ndir {self.folder}\n"
             'appendonly yes\nappendfsync everysec\nsave ""\nmaxmemory-policy noeviction\n'
         )
         with (self.folder / "redis.log").open("ab") as log:

@@ -103,6 +103,22 @@ def held(records: Records[RecordT], record: RecordT) -> RecordT | None:
     return found if found and (found.worker, found.attempt) == (record.worker, record.attempt) else None
 
 
+def ours(records: Records[RecordT], record: RecordT) -> RecordT:
+    """The record as it is now, for an attempt that is current and not over.
+
+    Raises:
+        Refused: it is another's, over, back in the queue, or gone.
+    """
+    found = records.get(record.id)
+    if found is None:
+        raise Refused(record.id, "missing")
+    if (found.worker, found.attempt) != (record.worker, record.attempt):
+        raise Refused(record.id, "fenced")
+    if found.status not in ACTIVE:
+        raise Refused(record.id, found.status)
+    return found
+
+
 def _acknowledge_cancel(records: Records[RecordT], record: RecordT) -> None:
     try:
         records.change(record, (Status.CANCELLING,), status=Status.CANCELLED, finished_at=now())

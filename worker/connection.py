@@ -199,35 +199,26 @@ def connect(url: str, *, text: bool = True, patience: float = 20) -> Redis:
     Raises:
         ValueError: it is no such URL.
     """
-    address = parse(url)
-    common: dict[str, Any] = {
-        "retry": _Patience(patience),
-        "decode_responses": text,
-        "health_check_interval": 15,
-        **_QUIET,
-    }
-    if not address.sentinels:
-        return Redis.from_url(url, **common)
-    once = {"retry": _Patience(0), **_QUIET, **_IN_A_SECOND}
-    manager = Sentinel(address.sentinels, sentinel_kwargs={**once, **address.sentinel_options})  # type: ignore[no-untyped-call]
-    return cast(Redis, manager.master_for(address.master, **{**common, **address.options}))  # type: ignore[no-untyped-call]
+    own = {"decode_responses": text, "health_check_interval": 15}
+    return cast(Redis, _client(url, Redis, Sentinel, _Patience, patience, own))
 
 
 def connect_async(url: str, *, patience: float = 3) -> AsyncRedis:
     """The same for asyncio."""
+    # One for each request that is being answered; the default of 100 would turn the 101st away.
+    own = {"decode_responses": True, "max_connections": 10_000}
+    return cast(AsyncRedis, _client(url, AsyncRedis, AsyncSentinel, _AsyncPatience, patience, own))
+
+
+def _client(url: str, client: Any, sentinel: Any, retry: Any, patience: float, own: dict[str, Any]) -> Any:
+    """A client of redis-py; which one, the classes say: blocking ones, or asyncio's."""
     address = parse(url)
-    common: dict[str, Any] = {
-        "retry": _AsyncPatience(patience),
-        "decode_responses": True,
-        # One for each request that is being answered; the default of 100 would turn the 101st away.
-        "max_connections": 10_000,
-        **_QUIET,
-    }
+    options = {"retry": retry(patience), **own, **_QUIET}
     if not address.sentinels:
-        return AsyncRedis.from_url(url, **common)
-    once = {"retry": _AsyncPatience(0), **_QUIET, **_IN_A_SECOND}
-    manager = AsyncSentinel(address.sentinels, sentinel_kwargs={**once, **address.sentinel_options})  # type: ignore[no-untyped-call]
-    return cast(AsyncRedis, manager.master_for(address.master, **{**common, **address.options}))
+        return client.from_url(url, **options)
+    once = {"retry": retry(0), **_QUIET, **_IN_A_SECOND}
+    manager = sentinel(address.sentinels, sentinel_kwargs={**once, **address.sentinel_options})
+    return manager.master_for(address.master, **{**options, **address.options})
 
 
 def confirm(redis: Redis, key: str) -> None:

@@ -216,7 +216,7 @@ class GpuWorker(Leased, SimpleWorker):
         return tuple((execution.job_id, execution.id) for execution in self.executions.copy().values())
 
     def renew_leases(self) -> None:
-        """Say that each job in flight is being worked on. Raises ``RedisError``."""
+        """Say that each job in flight is being worked on."""
         for execution in self.executions.copy().values():
             self.maintain_heartbeats(execution.job, execution)
 

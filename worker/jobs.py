@@ -31,7 +31,7 @@ from rq.job import Job
 from rq.timeouts import JobTimeoutException
 
 from worker import logs, tracing, video
-from worker.attempts import attempt, fail, finish, hand_back, lost
+from worker.attempts import attempt, fail, finish, hand_back, lost, ours
 from worker.contract import OUTPUT_SUFFIXES, SECONDS_KEY, Phase, Record, Status, input_path, model_id, output_path
 from worker.engine.errors import EngineLost, OutOfMemory
 from worker.flights import Cancelled, Flight, Interrupted, current
@@ -330,15 +330,7 @@ def _publish(runtime: Runtime, record: Record, suffix: str, data: bytes) -> None
     Raises:
         Refused: the job is no longer this attempt's; nothing was written.
     """
-
-    def check() -> None:
-        found = runtime.records.get(record.id)
-        if found is None:
-            raise Refused(record.id, "missing")
-        if (found.worker, found.attempt) != (record.worker, record.attempt) or found.status.is_terminal:
-            raise Refused(record.id, "fenced")
-
-    runtime.storage.write(output_path(record.id, suffix), data, check)
+    runtime.storage.write(output_path(record.id, suffix), data, lambda: ours(runtime.records, record))
 
 
 def _made_before(runtime: Runtime, record: Record) -> dict[str, Any] | None:

@@ -9,7 +9,8 @@ from __future__ import annotations
 import logging
 import secrets
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from typing import Any, TypeVar
 
@@ -136,6 +137,15 @@ def unique_name(kind: str) -> str:
     return f"{kind}-{secrets.token_hex(4)}"
 
 
+@contextmanager
+def _warned(what: str) -> Iterator[None]:
+    """What Redis refuses within is said and no more: nothing is lost by it."""
+    try:
+        yield
+    except RedisError as error:
+        log.warning("%s: %s", what, error)
+
+
 class Leased(BaseWorker):
     """Comes before one of rq's worker classes: takes jobs from one queue, each for as long as its lease is renewed."""
 
@@ -201,45 +211,33 @@ class Leased(BaseWorker):
 
     def run_maintenance_tasks(self) -> None:
         """Look for lost jobs; if that fails, the next look is soon."""
-        try:
+        with _warned("lost jobs could not be looked for"):
             super().run_maintenance_tasks()  # type: ignore[no-untyped-call]
-        except RedisError as error:
-            log.warning("lost jobs could not be looked for: %s", error)
 
     def heartbeat(self, timeout: int | None = None, pipeline: Pipeline | None = None) -> None:
         """rq's own, of which nothing depends; a job that was just taken must not be lost to it."""
-        try:
+        with _warned("rq was not told that this worker lives"):
             super().heartbeat(timeout, pipeline)
-        except RedisError as error:
-            log.warning("rq was not told that this worker lives: %s", error)
 
     def set_state(self, state: str, pipeline: Pipeline | None = None) -> None:
         """Likewise."""
-        try:
+        with _warned(f"rq was not told that this worker is {state}"):
             super().set_state(state, pipeline)
-        except RedisError as error:
-            log.warning("rq was not told that this worker is %s: %s", state, error)
 
     def maintain_heartbeats(self, job: Job, execution: Execution) -> None:
         """Renew a lease. Where that fails the job goes on: if somebody else takes it up, its attempt is fenced off."""
-        try:
+        with _warned(f"{job.id}: its lease was not renewed"):
             super().maintain_heartbeats(job, execution)
-        except RedisError as error:
-            log.warning("%s: its lease was not renewed: %s", job.id, error)
 
     def unsubscribe(self) -> None:
         """Hear no more commands; that Redis is away does not keep a worker from ending."""
-        try:
+        with _warned("commands were not unsubscribed from"):
             super().unsubscribe()  # type: ignore[no-untyped-call]
-        except RedisError as error:
-            log.warning("commands were not unsubscribed from: %s", error)
 
     def register_death(self) -> None:
         """Likewise; it would be noticed by its silence."""
-        try:
+        with _warned("rq was not told that this worker ends"):
             super().register_death()  # type: ignore[no-untyped-call]
-        except RedisError as error:
-            log.warning("rq was not told that this worker ends: %s", error)
 
     def _pubsub_exception_handler(self, exc: Exception, _pubsub: PubSub, _thread: PubSubWorkerThread) -> None:
         """rq would listen to no more commands after an error that is not the connection's, a timeout for example."""

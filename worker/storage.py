@@ -81,7 +81,7 @@ class Storage:
                 f"STORAGE_URL={self._url}: {self._place.advice(step, error)}".replace("\n", " ")
             ) from error
 
-    def write(self, path: str, data: bytes, check: Callable[[], None] = lambda: None) -> None:
+    def write(self, path: str, data: bytes, check: Callable[[], object] = lambda: None) -> None:
         """Put ``data`` at ``path``, replacing what is there.
 
         ``check`` is called when all is ready but for that; what it raises leaves everything as it was.
@@ -181,7 +181,7 @@ class _Folder:
             raise ValueError(f"{path!r} leads out of the storage")
         return full
 
-    def write(self, path: str, data: bytes, check: Callable[[], None]) -> None:
+    def write(self, path: str, data: bytes, check: Callable[[], object]) -> None:
         self._write_from(path, io.BytesIO(data), check)
 
     def put_file(self, path: str, source: Path) -> None:
@@ -191,7 +191,7 @@ class _Folder:
     def get_file(self, path: str, target: Path) -> None:
         shutil.copyfile(self.local_path(path), target)
 
-    def _write_from(self, path: str, source: BinaryIO, check: Callable[[], None] = lambda: None) -> None:
+    def _write_from(self, path: str, source: BinaryIO, check: Callable[[], object] = lambda: None) -> None:
         target = self.local_path(path)
         target.parent.mkdir(mode=0o750, parents=True, exist_ok=True)
         aside = target.with_name(f".{target.name}.{secrets.token_hex(4)}.tmp")
@@ -333,7 +333,7 @@ class _Bucket:
         except Exception:  # whatever it is, what goes wrong has a message already
             return "AWS_ENDPOINT_URL"
 
-    def write(self, path: str, data: bytes, check: Callable[[], None]) -> None:
+    def write(self, path: str, data: bytes, check: Callable[[], object]) -> None:
         name = PurePosixPath(path)
         check()
         self._run(

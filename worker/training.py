@@ -36,10 +36,10 @@ from rq.job import Job
 from distill import recipes
 from distill.student import FolderError, card_path, parse_card
 from worker import release
-from worker.attempts import ACTIVE, attempt, fail, finish, hand_back, held, lost
+from worker.attempts import ACTIVE, attempt, fail, finish, hand_back, lost, ours
 from worker.contract import Distillation, GateSummary, RunPhase, Status
 from worker.gpu_lock import Turns
-from worker.records import Records, Refused
+from worker.records import Records
 from worker.releases import NotPromoted, Releases
 from worker.run_reports import Reporter
 from worker.storage import Storage
@@ -318,10 +318,7 @@ class Run:
 
     def _held(self) -> Distillation:
         """The record as it is now, if it is still this attempt's."""
-        found = held(self._runtime.records, self._record)
-        if found is None or found.status not in ACTIVE:
-            raise Refused(self._record.id, found.status if found else "fenced")
-        return found
+        return ours(self._runtime.records, self._record)
 
     def _change(self, **changes: Any) -> Distillation:
         return self._runtime.records.change(self._held(), ACTIVE, fence=True, **changes)

@@ -54,13 +54,19 @@ def test_a_service_killed_half_way_through_an_upload_leaves_nothing(chaos):
     assert not list((chaos.stack.storage / "inputs").glob("*"))
 
 
-def test_a_request_sent_again_after_the_service_was_killed_is_the_same_job(held):
+def killed_before_it_is_enqueued(held) -> str:
+    """A job whose service has written its record and dies."""
     held.hold("recorded", "any")
     thread = send(held, 1)
     held.reach("recorded", "any")
     (job,) = ids(held)
     held.kill_program("tests.chaos.service")
     thread.join()
+    return job
+
+
+def test_a_request_sent_again_after_the_service_was_killed_is_the_same_job(held):
+    job = killed_before_it_is_enqueued(held)
     held.release("recorded", "any")
     held.start_service()
     assert held.post(1, KEY).json()["id"] == job
@@ -70,12 +76,7 @@ def test_a_request_sent_again_after_the_service_was_killed_is_the_same_job(held)
 
 @pytest.mark.slow
 def test_a_job_that_a_killed_service_has_not_enqueued_is_made(held):
-    held.hold("recorded", "any")
-    thread = send(held, 1)
-    held.reach("recorded", "any")
-    (job,) = ids(held)
-    held.kill_program("tests.chaos.service")
-    thread.join()
+    job = killed_before_it_is_enqueued(held)
     held.start_service()
     held.start_worker()
     (record,) = held.succeeded(job, seconds=2 * UPKEEP_S)

@@ -34,16 +34,22 @@ def fill(folder) -> None:
             ballast.write(bytes(4096))
 
 
+def met_by_a_full_disk(chaos, stage: str, disk) -> str:
+    """A job during whose ``stage`` there comes to be no room left on that disk."""
+    chaos.hold(stage, 1)
+    job = chaos.submit(1)
+    chaos.reach(stage, 1)
+    fill(disk)
+    chaos.release(stage, 1)
+    return job
+
+
 def test_a_disk_that_is_full_when_the_video_is_saved_costs_nothing_once_there_is_room(tmp_path, small_disk, picture):
     with chaos_in(tmp_path, picture, STORAGE_URL=str(small_disk)) as chaos:
         chaos.stack.storage = small_disk
         chaos.start_service()
         name = chaos.start_worker("--seconds", "0.05")
-        chaos.hold("saving", 1)
-        job = chaos.submit(1)
-        chaos.reach("saving", 1)
-        fill(small_disk)
-        chaos.release("saving", 1)
+        job = met_by_a_full_disk(chaos, "saving", small_disk)
         wait_for(lambda: "No space left" in chaos.log(name), PATIENCE_S, f"the disk to be full:\n{chaos.log(name)}")
         assert not list((small_disk / "videos").iterdir())
         assert chaos.record(job).status is Status.RUNNING
@@ -59,11 +65,7 @@ def test_a_disk_that_stays_full_fails_the_job_and_nothing_else(tmp_path, small_d
         chaos.stack.storage = small_disk
         chaos.start_service()
         name = chaos.start_worker("--seconds", "0.05", "--patience", "1")
-        chaos.hold("saving", 1)
-        job = chaos.submit(1)
-        chaos.reach("saving", 1)
-        fill(small_disk)
-        chaos.release("saving", 1)
+        job = met_by_a_full_disk(chaos, "saving", small_disk)
         (record,) = chaos.wait_over(job)
         assert (record.status, record.error_code, record.deaths) == (Status.FAILED, "storage_failed", 0)
         assert not list((small_disk / "videos").iterdir())
@@ -79,11 +81,7 @@ def test_a_full_disk_under_ffmpeg_fails_the_job_and_nothing_else(tmp_path, small
         chaos.start_service()
         name = chaos.start_worker("--seconds", "0.05", TMPDIR=str(small_disk))
         chaos.succeeded(chaos.submit(3))  # by now it has found where its temporary files go
-        chaos.hold("denoising", 1)
-        job = chaos.submit(1)
-        chaos.reach("denoising", 1)
-        fill(small_disk)
-        chaos.release("denoising", 1)
+        job = met_by_a_full_disk(chaos, "denoising", small_disk)
         (record,) = chaos.wait_over(job)
         assert (record.status, record.error_code) == (Status.FAILED, "generation_failed")
         assert not list((chaos.stack.storage / "videos").glob(f"*{job}*"))

@@ -10,7 +10,7 @@ import pytest
 from redis import Redis
 from redis.exceptions import NoPermissionError, RedisError, ResponseError
 
-from tests.stack import ROOT, RedisServer, Stack, is_alive, redis_binary, run_with, stop, wait_for
+from tests.stack import ROOT, RedisServer, Stack, is_alive, run_with, stop, wait_for
 from worker import contract
 from worker.connection import connect
 
@@ -45,18 +45,14 @@ class RedisWithUsers(RedisServer):
     def url_of(self, user: str) -> str:
         return (self.folder / "users" / f"{user}.url").read_text().strip()
 
+    @property
+    def access(self) -> str:
+        return f"aclfile {self.folder}/users/users.acl\nacllog-max-len 1000"
+
     def start(self, users: bool = True) -> None:
         if users:
             self.make_users()
-        config = self.folder / "redis.conf"
-        config.write_text(
-            f"bind 127.0.0.1\nport {self.port}\naclfile {self.folder}/users/users.acl\ndir {self.folder}\n"
-            'appendonly yes\nsave ""\nmaxmemory-policy noeviction\nacllog-max-len 1000\n'
-        )
-        with (self.folder / "redis.log").open("ab") as log:
-            self.process = subprocess.Popen([redis_binary(), str(config)], stdout=log, stderr=log)
-        with connect(self.url) as client:
-            assert client.ping()
+        super().start()
 
     def make_users(self, *options: str) -> None:
         folder, address = str(self.folder / "users"), f"127.0.0.1:{self.port}"

@@ -11,7 +11,7 @@ import torch
 from distill.config import DistillConfig
 from distill.loop import Run
 from distill.run import distil
-from distill.stages.given import Given
+from distill.stages.given import Batch, Given
 from tests.distill import tiny
 
 
@@ -30,6 +30,20 @@ def given(tmp_path_factory: pytest.TempPathFactory, tiny_config: DistillConfig) 
     run = Run(tmp_path_factory.mktemp("given"), seed=0)
     with run.handling_signals():
         return Given(run, tiny_config)
+
+
+@pytest.fixture
+def batch(given: Given) -> Batch:
+    """Three clips."""
+    return given.batch(given.train, torch.arange(3))
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Iterator[Run]:
+    """A new one, in an empty folder."""
+    made = Run(tmp_path / "run", seed=0)
+    with made.handling_signals():
+        yield made
 
 
 @pytest.fixture(scope="session")

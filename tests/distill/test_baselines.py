@@ -31,18 +31,6 @@ STEPS = ["matching.fit.steps=2", "matching.fit.batch=2", "pruning.fit.steps=2", 
 
 
 @pytest.fixture
-def run(tmp_path):
-    made = Run(tmp_path / "run", seed=0)
-    with made.handling_signals():
-        yield made
-
-
-@pytest.fixture
-def batch(given):
-    return given.batch(given.train, torch.arange(3))
-
-
-@pytest.fixture
 def recipe(tiny_config):
     return tiny_config
 

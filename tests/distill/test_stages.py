@@ -24,18 +24,6 @@ PRUNED = [1, 3]
 
 
 @pytest.fixture
-def run(tmp_path):
-    made = Run(tmp_path / "run", seed=0)
-    with made.handling_signals():
-        yield made
-
-
-@pytest.fixture
-def batch(given):
-    return given.batch(given.train, torch.arange(3))
-
-
-@pytest.fixture
 def noisy(batch):
     generator = torch.Generator().manual_seed(1)
     sigma_B = torch.tensor([0.9, 0.5, 0.2])
