@@ -81,12 +81,12 @@ def _row(given: Given, critic: matching.Critic, pruned: list[int], variant: Vari
     for first in range(0, clips, CHUNK):
         rows = torch.arange(first, min(first + CHUNK, clips))
         batch = given.batch(given.dev, rows)
-        x_BCTHW = sampler.draw_noise(given.pipe, rows.tolist(), given.card.call).to(given.device)
+        x_BCTHW = sampler.draw_noise(given.backbone, given.pipe, rows.tolist(), given.card.call).to(given.device)
         beta_1_B, beta_2_B = (torch.full((len(rows),), variant[name]) for name in ("beta_1", "beta_2"))
         for sigma, after in pairwise(scheduler.sigmas.tolist()):
             sigma_B = torch.full((len(rows),), sigma, device=given.device)
             x_BCTHW = x_BCTHW + (after - sigma) * scores.real(x_BCTHW, sigma_B, batch, beta_1_B, beta_2_B)
-        x0_BCTHW = torch.cat([batch.first_BC1HW, x_BCTHW[:, :, 1:]], dim=2)
+        x0_BCTHW = given.backbone.with_given(x_BCTHW, batch.image)
         made.append(wan.decode_latents(given.pipe.vae, x0_BCTHW).cpu())
     truth = shapes.clips(given.config.seed, shapes.SPLITS["dev"][:clips])
     values = metrics.measure(torch.cat(made), truth, evaluate.reconstruction(given.pipe)).values

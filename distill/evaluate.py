@@ -22,6 +22,7 @@ from diffusers import FlowMatchEulerDiscreteScheduler
 from torch import Tensor
 
 from distill import features, fitting, losses, metrics, report, sampler, schedule, student
+from distill.backbones import base as backbones
 from distill.backbones import wan
 from distill.backbones.wan_autoencoder import in_one_pass
 from distill.config import ConfigError, EvaluateConfig
@@ -201,12 +202,15 @@ def make(
     precision: torch.dtype,
 ) -> Tensor:  # fmt: skip
     """Videos by our batched sampler, ``BATCH`` at a time."""
-    call = {**card.call, "num_inference_steps": setting.num_inference_steps, "guidance_scale": setting.guidance_scale}
+    backbone = backbones.load(card.backbone, card.task)
+    call = backbone.calling(card.call, setting.num_inference_steps, setting.guidance_scale)
     parts = []
     for i in range(0, len(prompts), BATCH):
         part = slice(i, i + BATCH)
-        noise_BCTHW = sampler.draw_noise(pipe, seeds[part], call)
-        parts.append(sampler.sample(pipe, first_BCHW[part], prompts[part], call, noise_BCTHW, precision).cpu())
+        noise_BCTHW = sampler.draw_noise(backbone, pipe, seeds[part], call)
+        parts.append(
+            sampler.sample(backbone, pipe, first_BCHW[part], prompts[part], call, noise_BCTHW, precision).cpu()
+        )
     return torch.cat(parts)
 
 

@@ -1,7 +1,7 @@
 """Training losses: pure functions, one per equation.
 
-Shape suffixes: B clip, C channel, T frame (of latents where a network's output is meant), H row, W column. In latents
-the first frame is the given one; it is left out of every loss. "Secondary notes" and "reconstructed": see
+Shape suffixes: B clip, C channel, T frame (of latents where a network's output is meant), H row, W column. Latents are
+without their given frames (``Batch.made``). "Secondary notes" and "reconstructed": see
 docs/method.md.
 """
 
@@ -15,9 +15,8 @@ from torch.nn.functional import relu, softplus
 
 
 def flow_matching(velocity_BCTHW: Tensor, x0_BCTHW: Tensor, noise_BCTHW: Tensor) -> Tensor:
-    """Rectified flow, mean || v - (noise - x_0) ||^2 (Liu et al. 2022, equation 1), the given first frame left out."""
-    error = velocity_BCTHW - (noise_BCTHW - x0_BCTHW)
-    return error[:, :, 1:].float().square().mean()
+    """Rectified flow, mean || v - (noise - x_0) ||^2 (Liu et al. 2022, equation 1)."""
+    return (velocity_BCTHW - (noise_BCTHW - x0_BCTHW)).float().square().mean()
 
 
 def clean(x_BCTHW: Tensor, sigma_B: Tensor, velocity_BCTHW: Tensor) -> Tensor:
@@ -36,7 +35,7 @@ def over_clips(value_B: Tensor) -> Tensor:
 def velocity_error(velocity_BCTHW: Tensor, x0_BCTHW: Tensor, noise_BCTHW: Tensor) -> Tensor:
     """``[B]``: mean square of v - (noise - x_0), clip by clip."""
     error_BCTHW = velocity_BCTHW - (noise_BCTHW - x0_BCTHW)
-    return error_BCTHW[:, :, 1:].float().square().mean(dim=(1, 2, 3, 4))
+    return error_BCTHW.float().square().mean(dim=(1, 2, 3, 4))
 
 
 def error_weight(sigma: Tensor, shift: float, weighting: Literal["elbo", "uniform_v", "x0"]) -> Tensor:
@@ -59,7 +58,7 @@ def depth_matching(
     pruned_BCTHW: Tensor, unpruned_BCTHW: Tensor, x0_BCTHW: Tensor, noise_BCTHW: Tensor, alpha: float
 ) -> Tensor:
     """L_II = alpha || F(x; M) - sg F(x; {}) ||^2 + (1 - alpha) || F(x; M) - (noise - x_0) ||^2 (secondary notes)."""
-    apart = (pruned_BCTHW - unpruned_BCTHW.detach())[:, :, 1:].float().square().mean()
+    apart = (pruned_BCTHW - unpruned_BCTHW.detach()).float().square().mean()
     return alpha * apart + (1 - alpha) * flow_matching(pruned_BCTHW, x0_BCTHW, noise_BCTHW)
 
 
@@ -91,18 +90,16 @@ def matching_gradient(y_BCTHW: Tensor, real_BCTHW: Tensor, fake_BCTHW: Tensor) -
 
     A NaN counts as 0 there; here it ends the training.
 
-    No gradient flows into it. The given first frame has none.
+    No gradient flows into it.
     """
     with torch.no_grad():
-        scale_B = (y_BCTHW - real_BCTHW)[:, :, 1:].abs().mean(dim=(1, 2, 3, 4))
-        gradient_BCTHW = (fake_BCTHW - real_BCTHW) / over_clips(scale_B.clamp(min=1e-6))
-        gradient_BCTHW[:, :, 0] = 0
-        return gradient_BCTHW
+        scale_B = (y_BCTHW - real_BCTHW).abs().mean(dim=(1, 2, 3, 4))
+        return (fake_BCTHW - real_BCTHW) / over_clips(scale_B.clamp(min=1e-6))
 
 
 def distribution_matching(y_BCTHW: Tensor, gradient_BCTHW: Tensor) -> Tensor:
     """1/2 mean || y - sg(y - g) ||^2, whose derivative by y is g / numel."""
-    return 0.5 * (y_BCTHW - (y_BCTHW - gradient_BCTHW).detach())[:, :, 1:].square().mean()
+    return 0.5 * (y_BCTHW - (y_BCTHW - gradient_BCTHW).detach()).square().mean()
 
 
 def discriminator(real_logit_B: Tensor, fake_logit_B: Tensor) -> Tensor:
@@ -119,16 +116,13 @@ def deceive(fake_logit_B: Tensor) -> Tensor:
 
 
 def pseudo_huber(difference_BCTHW: Tensor, width: float) -> Tensor:
-    """mean sqrt(d^2 + c^2) - c, the given first frame left out (Song and Dhariwal 2024; LCM's code)."""
-    return ((difference_BCTHW[:, :, 1:].float().square() + width**2).sqrt() - width).mean()
+    """mean sqrt(d^2 + c^2) - c (Song and Dhariwal 2024; LCM's code)."""
+    return ((difference_BCTHW.float().square() + width**2).sqrt() - width).mean()
 
 
 def feature_distance(student_BTND: Tensor, teacher_BTND: Tensor) -> Tensor:
-    """ICMD's individual content distillation of one block: || h^S - h^T ||^2 / || h^T ||^2, frame by frame (ported).
-
-    The given first frame is left out.
-    """
-    student_BTND, teacher_BTND = student_BTND[:, 1:].float(), teacher_BTND[:, 1:].detach().float()
+    """ICMD's individual content distillation of one block: || h^S - h^T ||^2 / || h^T ||^2, frame by frame (ported)."""
+    student_BTND, teacher_BTND = student_BTND.float(), teacher_BTND.detach().float()
     apart_BT = (student_BTND - teacher_BTND).square().mean(dim=(2, 3))
     return (apart_BT / teacher_BTND.square().mean(dim=(2, 3))).mean()
 

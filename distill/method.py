@@ -251,6 +251,6 @@ def _start(run: Run, given: Given, config: MethodConfig) -> Start:
         found = importance.run(run, given, recipe.importance, recipe.pruning.unimportant)
         whole, pruned = pruning.run(run, given, found, recipe.pruning), found.pruned
     # A method that keeps the teacher's steps is looked at in them.
-    call: dict[str, Any] | None = {} if isinstance(config.own, (IcmdConfig, F3Config)) else None
+    call = given.card.call if isinstance(config.own, (IcmdConfig, F3Config)) else None
     watched = watch.Watch(run, given, scheduler if call is None else given.pipe.scheduler, call)
     return Start(whole, tuple(pruned), scheduler, watched)

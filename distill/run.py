@@ -92,14 +92,13 @@ def save(
 ) -> student.Card:
     """Write the student: a stock pipeline folder in fp16 whose scheduler is its few steps, and `student.json`."""
     config = given.config
-    few = config.student
     return write_student(
         out,
         given,
         transformer,
         scheduler,
         found.pruned,
-        {"num_inference_steps": few.num_inference_steps, "guidance_scale": 1.0},
+        given.few_steps_call,
         lineage.stages(run.folder, config, given.card.sha256),
         name=config.name,
         guidance=config.matching.scores.model_dump(mode="json"),
@@ -115,12 +114,11 @@ def write_student(
 
     Args:
         pruned: the teacher's blocks that it does not have.
-        call: what differs from the teacher's.
+        call: of the stock pipeline.
         stages: what the card says of each; how long it took and how many steps it had is added from the run's events.
         card: its other fields.
     """
     of, whole = given.card, given.teacher
-    call = {**of.call, **call}
     counts = [sum(p.numel() for p in block.parameters()) for block in given.backbone.blocks(whole)]
     gone = sum(counts[block] for block in pruned)
     kept = tuple(i for i in range(len(counts)) if i not in pruned)
@@ -133,8 +131,9 @@ def write_student(
 
     def save_parts(aside: Path) -> None:
         given.backbone.with_parts(given.pipe, transformer, scheduler).save_config(aside)
-        transformer.half().save_pretrained(aside / "transformer")
-        transformer.float()
+        for component, model in given.backbone.networks(transformer).items():
+            model.half().save_pretrained(aside / component)
+            model.float()
         scheduler.save_pretrained(aside / "scheduler")
 
     return student.write_student(

@@ -1,84 +1,104 @@
 """Many clips at once through a stock pipeline's parts: the stock call takes one image at a time.
 
-For the same noise it gives what the stock pipeline gives (tests/distill/test_teach.py).
+For the same noise it gives what the stock pipeline gives (tests/distill/test_teach.py, test_wan.py).
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from distill.backbones import wan
+from distill.backbones import conditions
+from distill.backbones.base import Backbone, Call
+from distill.backbones.conditions import Conditions
 
 
-def draw_noise(pipe: Any, seeds: Sequence[int], call: dict[str, Any]) -> Tensor:
+@dataclass(frozen=True)
+class Given:
+    """The conditions of some clips."""
+
+    image: Conditions
+    text: Conditions
+    negative: Conditions | None
+    """Text conditions of the negative prompt, for each clip; None where there is no guidance."""
+
+
+def draw_noise(backbone: Backbone, pipe: Any, seeds: Sequence[int], call: Call) -> Tensor:
     """Starting noise ``[B, C, T, H, W]``, a clip for each seed: what the stock pipeline draws from that seed."""
-    shape = (
-        pipe.transformer.config.in_channels,
-        1 + (call["num_frames"] - 1) // pipe.vae_scale_factor_temporal,
-        call["height"] // pipe.vae_scale_factor_spatial,
-        call["width"] // pipe.vae_scale_factor_spatial,
-    )
+    shape = backbone.latent_shape(pipe, call)
     return torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
 
 
 @torch.no_grad()
 def sample(
+    backbone: Backbone,
     pipe: Any,
-    first_BCHW: Tensor,
+    first_BCHW: Tensor | None,
     prompts: Sequence[str],
-    call: dict[str, Any],
+    call: Call,
     noise_BCTHW: Tensor,
     precision: torch.dtype = torch.float32,
 ) -> Tensor:
     """Videos ``[B, C, T, H, W]`` in [-1, 1]: deterministic Euler steps, with classifier-free guidance if ``call`` asks.
 
     Args:
-        pipe: a `WanImageToVideoPipeline` (its vae, tokenizer, text_encoder, transformer and scheduler are used).
-        first_BCHW: first frames in [-1, 1].
+        backbone: the pipeline's.
+        pipe: a stock pipeline, of which the parts are used.
+        first_BCHW: first frames in [-1, 1]; None for text-to-video.
         prompts: one for each of them.
-        call: a model card's ``call``: num_inference_steps, guidance_scale, num_frames, max_sequence_length.
+        call: a model card's ``call``.
         noise_BCTHW: see ``draw_noise``.
         precision: of the transformer's matrix products; bfloat16 is three times as fast on a CPU that has it.
     """
-    first_BC1HW, text_BLD = encode(pipe, first_BCHW, prompts, call)
-    x_BCTHW = denoise(pipe, first_BC1HW, text_BLD, call, noise_BCTHW, precision)
-    return wan.decode_latents(pipe.vae, x_BCTHW)
+    given = encode(backbone, pipe, first_BCHW, prompts, call)
+    return backbone.decode_latents(pipe.vae, denoise(backbone, pipe, given, call, noise_BCTHW, precision))
 
 
 @torch.no_grad()
-def encode(pipe: Any, first_BCHW: Tensor, prompts: Sequence[str], call: dict[str, Any]) -> tuple[Tensor, Tensor]:
-    """The conditions: latents ``[B, C, 1, H, W]`` of the first frames, and embeddings of the prompts.
+def encode(backbone: Backbone, pipe: Any, first_BCHW: Tensor | None, prompts: Sequence[str], call: Call) -> Given:
+    """The conditions of clips, with those of the negative prompt where ``call`` asks for guidance."""
+    network = backbone.network(pipe)
+    guided = any(backbone.guidance_at(network, call, sigma) > 1 for sigma in (0.0, 1.0))
+    unwanted = [negative_prompt(call)] * len(prompts)
+    return Given(
+        backbone.encode_image(pipe, first_BCHW, call),
+        backbone.encode_text(pipe, list(prompts), call, first_BCHW),
+        backbone.encode_text(pipe, unwanted, call, first_BCHW) if guided else None,
+    )
 
-    Where ``call`` asks for guidance the embeddings of as many empty prompts follow.
-    """
-    first_BC1HW = wan.encode_video(pipe.vae, first_BCHW[:, :, None].to(pipe.transformer.device))
-    texts = [*prompts, *([""] * len(prompts) if call["guidance_scale"] > 1 else [])]
-    return first_BC1HW, wan.encode_text(pipe.tokenizer, pipe.text_encoder, texts, call["max_sequence_length"])
+
+def negative_prompt(call: Call) -> str:
+    """What the guidance leads away from: the empty prompt, if ``call`` says nothing."""
+    return call.get("negative_prompt") or ""
 
 
 @torch.no_grad()
 def denoise(
-    pipe: Any, first_BC1HW: Tensor, text_BLD: Tensor, call: dict[str, Any], noise_BCTHW: Tensor,
+    backbone: Backbone, pipe: Any, given: Given, call: Call, noise_BCTHW: Tensor,
     precision: torch.dtype = torch.float32,
 ) -> Tensor:  # fmt: skip
     """Latents ``[B, C, T, H, W]`` from noise and ``encode``'s conditions."""
-    device, scale = pipe.transformer.device, call["guidance_scale"]
+    network = backbone.network(pipe)
+    device, count = network.device, len(noise_BCTHW)
     pipe.scheduler.set_timesteps(call["num_inference_steps"])
-    guided = scale > 1
-    firsts = torch.cat([first_BC1HW] * 2) if guided else first_BC1HW
+    if given.negative is not None:
+        text = conditions.joined([given.text, given.negative])
+        image = conditions.joined([given.image, given.image])
     x_BCTHW = noise_BCTHW.to(device)
     for sigma, after in pairwise(pipe.scheduler.sigmas.tolist()):
-        both = torch.cat([x_BCTHW] * 2) if guided else x_BCTHW
-        sigma_B = torch.full((len(both),), sigma, device=device)
+        scale = backbone.guidance_at(network, call, sigma)
+        guided = given.negative is not None and scale > 1
+        asked = (torch.cat([x_BCTHW] * 2), image, text) if guided else (x_BCTHW, given.image, given.text)
+        sigma_B = torch.full((len(asked[0]),), sigma, device=device)
         with torch.autocast(device.type, torch.bfloat16, enabled=precision == torch.bfloat16):
-            predicted = wan.predict_velocity(pipe.transformer, both, sigma_B, firsts, text_BLD).float()
+            predicted = backbone.predict_velocity(network, asked[0], sigma_B, asked[1], asked[2]).float()
         if guided:
-            with_text, without = predicted.chunk(2)
+            with_text, without = predicted.split(count)
             predicted = without + scale * (with_text - without)
         x_BCTHW = x_BCTHW + (after - sigma) * predicted
-    return torch.cat([first_BC1HW, x_BCTHW[:, :, 1:]], dim=2)
+    return backbone.with_given(x_BCTHW, given.image)

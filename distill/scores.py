@@ -25,7 +25,6 @@ from torch import Tensor
 
 from distill import evaluate, metrics, sampler, student
 from distill.backbones import base as backbones
-from distill.backbones import wan
 from distill.baselines import f3
 from distill.config import ConfigError
 from distill.data import shapes
@@ -221,15 +220,16 @@ class _Measured:
 
 def _phases(pipe: Any, card: student.Card, precision: torch.dtype) -> list[float]:
     clip = shapes.clips(0, shapes.SPLITS["test"][:1])
-    noise_BCTHW = sampler.draw_noise(pipe, [0], card.call)
+    backbone = backbones.load(card.backbone, card.task)
+    noise_BCTHW = sampler.draw_noise(backbone, pipe, [0], card.call)
     taken: list[list[float]] = []
     for _ in range(REPEATS + 1):
         at = [_now()]
-        first, text = sampler.encode(pipe, clip.video_BCTHW[:, :, 0], [str(clip.captions[0])], card.call)
+        given = sampler.encode(backbone, pipe, clip.video_BCTHW[:, :, 0], [str(clip.captions[0])], card.call)
         at.append(_now())
-        latents = sampler.denoise(pipe, first, text, card.call, noise_BCTHW, precision)
+        latents = sampler.denoise(backbone, pipe, given, card.call, noise_BCTHW, precision)
         at.append(_now())
-        wan.decode_latents(pipe.vae, latents).cpu()
+        backbone.decode_latents(pipe.vae, latents).cpu()
         at.append(_now())
         taken.append([after - before for before, after in pairwise(at)])
     return [statistics.median(phase) for phase in zip(*taken[1:], strict=True)]

@@ -151,9 +151,9 @@ def teach_transformer(
     def objective(x0_BCTHW: Tensor, noise_BCTHW: Tensor, sigma_B: Tensor, ids_BL: Tensor, mask_BL: Tensor) -> Tensor:
         x_BCTHW = torch.lerp(x0_BCTHW, noise_BCTHW, sigma_B[:, None, None, None, None])
         with torch.autocast(device.type, torch.bfloat16):
-            text_BLD = wan.embed_tokens(networks.text_encoder, ids_BL, mask_BL)
-            velocity = wan.predict_velocity(networks.transformer, x_BCTHW, sigma_B, x0_BCTHW[:, :, :1], text_BLD)
-        return losses.flow_matching(velocity, x0_BCTHW, noise_BCTHW)
+            text = {"text": wan.embed_tokens(networks.text_encoder, ids_BL, mask_BL)}
+            velocity = wan.predict_velocity(networks.transformer, x_BCTHW, sigma_B, wan.image_of(x0_BCTHW, {}), text)
+        return losses.flow_matching(*(x[:, :, wan.GIVEN_FRAMES :] for x in (velocity, x0_BCTHW, noise_BCTHW)))
 
     run_objective = compiled(run, objective) if settings.compile else objective
 
@@ -175,8 +175,8 @@ def teach_transformer(
         networks.eval()
         first_BCHW = shown[:, :, 0].to(device)
         call = make_call(config)
-        noise_BCTHW = sampler.draw_noise(pipeline, range(len(prompts)), call)
-        made = sampler.sample(pipeline, first_BCHW, prompts, call, noise_BCTHW).cpu()
+        noise_BCTHW = sampler.draw_noise(wan, pipeline, range(len(prompts)), call)
+        made = sampler.sample(wan, pipeline, first_BCHW, prompts, call, noise_BCTHW).cpu()
         networks.train()
         report.contact_sheet(path, [shown, made])
         closed = torch.tensor([c.closed for c in held_out.captions[:12]])

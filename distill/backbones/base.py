@@ -1,28 +1,50 @@
 """What the stages ask of a network: one convention, and a module for each backbone that keeps it.
 
-Velocity (noise - x_0) out, noise level sigma in [0, 1] in, latents ``B C T H W``, the first latent frame given.
+Velocity (noise - x_0) out, noise level sigma in [0, 1] in, latents ``B C T H W``. What differs between models is here
+and nowhere else: their blocks, their conditions, which latent frames are given, how the stock pipeline is called. A
+*network* is what is distilled: the pipeline's transformer, or its experts as one module (`distill.backbones.experts`).
+
+Conditions come in two parts. ``image`` goes into every branch (what is made from the given frame; empty for
+text-to-video), ``text`` is what the guidance swaps for the one of the negative prompt.
 """
 
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import AbstractContextManager
-from typing import Any, Protocol
+from types import ModuleType, SimpleNamespace
+from typing import Any, Protocol, cast
 
 from torch import Tensor, nn
 
-from distill.backbones import wan
+from distill.backbones import wan, wan_i2v, wan_t2v
+from distill.backbones.conditions import Conditions
 from distill.config import ConfigError
+
+Call = dict[str, Any]
+"""Keyword arguments of the stock pipeline: a card's ``call``."""
 
 
 class Backbone(Protocol):
     """A module of this package."""
 
+    TASKS: tuple[str, ...]
+    """Of `student.Card.task`."""
+
+    GIVEN_FRAMES: int
+    """Latent frames at the start that are given clean: no output is meant there, and no loss is taken."""
+
     EXPORT_AXES: Mapping[str, tuple[int, ...]]
     """Of the transformer's inputs by name, the axes that may differ from call to call."""
 
+    def network(self, pipe: Any) -> Any:
+        """What is distilled of a pipeline."""
+
     def blocks(self, transformer: Any) -> nn.ModuleList:
         """The residual blocks in order."""
+
+    def groups(self, transformer: Any) -> list[range]:
+        """Blocks that have a budget of their own when some go: one group, or one for each expert."""
 
     def skipping(self, transformer: Any, skipped: Collection[int]) -> AbstractContextManager[None]:
         """Within it, calls of ``transformer`` bypass these blocks."""
@@ -37,13 +59,45 @@ class Backbone(Protocol):
     def width(self, transformer: Any) -> int:
         """D of the residual stream."""
 
-    def encode_text(self, tokenizer: Any, text_encoder: Any, prompts: list[str], max_sequence_length: int) -> Tensor:
-        """``text_BLD`` of sentences."""
+    # --- conditions and the call ---
+
+    def encode_text(self, pipe: Any, prompts: list[str], call: Call, first_BCHW: Tensor | None = None) -> Conditions:
+        """Text conditions of prompts (of the given frames too, where the text encoder sees them), as the stock pipeline
+        makes them."""
+
+    def encode_image(self, pipe: Any, first_BCHW: Tensor | None, call: Call) -> Conditions:
+        """Image conditions of given frames in [-1, 1], as the stock pipeline makes them; none for text-to-video."""
+
+    def image_of(self, x0_BCTHW: Tensor, kept: Conditions) -> Conditions:
+        """Image conditions of clean latents, from them and from what was kept beside them of ``encode_image``."""
+
+    def to_keep(self, image: Conditions) -> Conditions:
+        """What of ``encode_image`` has to be kept beside clean latents: what cannot be had from them."""
+
+    def latent_shape(self, pipe: Any, call: Call) -> tuple[int, int, int, int]:
+        """C, T, H, W of what the stock pipeline denoises."""
+
+    def guidance_at(self, transformer: Any, call: Call, sigma: float) -> float:
+        """Scale of classifier-free guidance of a stock call at a noise level, standard unit: 1 is none."""
+
+    def calling(self, call: Call, num_inference_steps: int, guidance_scale: float) -> Call:
+        """The stock call with another number of steps and scale of classifier-free guidance (1: none)."""
 
     def predict_velocity(
-        self, transformer: Any, x_BCTHW: Tensor, sigma_B: Tensor, first_BC1HW: Tensor, text_BLD: Tensor
+        self, transformer: Any, x_BCTHW: Tensor, sigma_B: Tensor, image: Conditions, text: Conditions
     ) -> Tensor:
-        """Velocity of every latent frame; what stands at the first one has no meaning."""
+        """Velocity of every latent frame; what stands at the given ones has no meaning."""
+
+    def with_given(self, x_BCTHW: Tensor, image: Conditions) -> Tensor:
+        """The latents with the given frames in their place."""
+
+    # --- the autoencoder ---
+
+    def encode_video(self, vae: Any, video_BCTHW: Tensor) -> Tensor:
+        """Normalised latents (posterior mean) of a video in [-1, 1]."""
+
+    def in_one_pass(self, vae: Any) -> Any:
+        """The autoencoder taught to take a whole clip at once, where its stock way does not and that is faster."""
 
     def decode_latents(self, vae: Any, latents_BCTHW: Tensor) -> Tensor:
         """Video in [-1, 1] from normalised latents."""
@@ -79,18 +133,32 @@ class Backbone(Protocol):
     def self_attention_share(self, transformer: Any) -> float:
         """Of a block's parameters those of its self-attention."""
 
+    # --- folders ---
+
     def with_parts(self, pipe: Any, transformer: Any, scheduler: Any) -> Any:
-        """The stock pipeline of ``pipe``'s other parts with these two."""
+        """The stock pipeline of ``pipe``'s other parts with this network and scheduler."""
+
+    def networks(self, transformer: Any) -> dict[str, Any]:
+        """The network's models by the pipeline's components that they are: ``transformer``, and of two experts the
+        other one's too."""
 
 
-BACKBONES: dict[str, Backbone] = {"wan": wan}
+def _varied(base: ModuleType, own: ModuleType) -> Backbone:
+    """What ``own`` holds, and of ``base`` what it does not."""
+    return cast(Backbone, SimpleNamespace(**{**vars(base), **vars(own)}))
+
+
+BACKBONES: dict[str, Backbone] = {
+    "wan": wan,
+    "wan-i2v": _varied(wan, wan_i2v),
+    "wan-t2v": _varied(wan, wan_t2v),
+}
+"""By the name in a model's card."""
 
 
 def load(name: str, task: str) -> Backbone:
     """The backbone that a model's card names. Raises ``ConfigError`` where its stages are not here."""
-    if name not in BACKBONES or task != "ti2v":
-        known = ", ".join(BACKBONES)
-        raise ConfigError(
-            f"the teacher is of backbone {name}, task {task}; what can be distilled is {known}, task ti2v"
-        )
+    if name not in BACKBONES or task not in BACKBONES[name].TASKS:
+        known = ", ".join(f"{of} ({', '.join(backbone.TASKS)})" for of, backbone in BACKBONES.items())
+        raise ConfigError(f"the model is of backbone {name}, task {task}; what is known is {known}")
     return BACKBONES[name]

@@ -1,14 +1,15 @@
 """Wan2.2-TI2V: `WanTransformer3DModel` with the first latent frame given and per-token timesteps.
 
-Everything that is particular to this model is here; see `WanImageToVideoPipeline(expand_timesteps=True)` in diffusers
-for the inference side of the same conventions. Shape suffixes: B clip, C channel, T latent frame, H row, W column,
-N token, L text token, D text width.
+See `WanImageToVideoPipeline(expand_timesteps=True)` in diffusers for the inference side of the same conventions. The
+network, the text and the autoencoder are those of every Wan model: `wan_i2v` and `wan_t2v` hold what differs. Shape
+suffixes: B clip, C channel, T latent frame, H row, W column, N token, L text token, D text width.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -17,9 +18,14 @@ from diffusers.models.transformers.transformer_wan import WanAttnProcessor
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from distill.backbones import wan_autoencoder
+from distill.backbones import experts, wan_autoencoder
+from distill.backbones.conditions import Conditions
 
+TASKS: tuple[str, ...] = ("ti2v",)
+GIVEN_FRAMES = 1
 NUM_TRAIN_TIMESTEPS = 1000
+TEXT_TOKENS = 512
+"""Of a context that begins with an image's tokens, where the stock attention cuts it."""
 
 
 def encode_video(vae: Any, video_BCTHW: Tensor) -> Tensor:
@@ -60,6 +66,9 @@ class WholeDecoder(nn.Module):
         return (wan_autoencoder.decode(self, _raw(self, latents)).clamp(-1, 1),)
 
 
+in_one_pass = wan_autoencoder.in_one_pass
+
+
 def _raw(vae: Any, latents_BCTHW: Tensor) -> Tensor:
     mean_C, std_C = _statistics(vae, latents_BCTHW)
     return (latents_BCTHW * std_C + mean_C).to(vae.dtype)
@@ -85,46 +94,89 @@ def embed_tokens(text_encoder: Any, ids_BL: Tensor, mask_BL: Tensor) -> Tensor:
     return text_BLD * mask_BL[..., None].to(text_BLD.dtype)
 
 
-def encode_text(tokenizer: Any, text_encoder: Any, prompts: list[str], max_sequence_length: int) -> Tensor:
-    """``text_BLD`` of sentences."""
-    ids_BL, mask_BL = tokenize(tokenizer, prompts, max_sequence_length)
-    return embed_tokens(text_encoder, ids_BL.to(text_encoder.device), mask_BL.to(text_encoder.device))
+def encode_text(pipe: Any, prompts: list[str], call: Mapping[str, Any], first_BCHW: Tensor | None = None) -> Conditions:
+    """``text``, the embeddings ``[B, L, D]`` of sentences. The given frames do not matter to it."""
+    from diffusers.pipelines.wan.pipeline_wan import prompt_clean  # see ``with_parts``
+
+    ids_BL, mask_BL = tokenize(
+        pipe.tokenizer, [prompt_clean(prompt) for prompt in prompts], call["max_sequence_length"]
+    )
+    device = pipe.text_encoder.device
+    return {"text": embed_tokens(pipe.text_encoder, ids_BL.to(device), mask_BL.to(device))}
 
 
-def predict_velocity(
-    transformer: Any, x_BCTHW: Tensor, sigma_B: Tensor, first_BC1HW: Tensor, text_BLD: Tensor
-) -> Tensor:
+def encode_image(pipe: Any, first_BCHW: Tensor | None, call: Mapping[str, Any]) -> Conditions:
+    """``first``, the clean latent ``[B, C, 1, H, W]`` of the given image."""
+    assert first_BCHW is not None
+    return {"first": encode_video(pipe.vae, first_BCHW[:, :, None].to(pipe.vae.device))}
+
+
+def image_of(x0_BCTHW: Tensor, kept: Conditions) -> Conditions:
+    """The first latent frame is all there is."""
+    return {"first": x0_BCTHW[:, :, :1]}
+
+
+def to_keep(image: Conditions) -> Conditions:
+    """Nothing."""
+    return {}
+
+
+def with_given(x_BCTHW: Tensor, image: Conditions) -> Tensor:
+    """The latents with the given first one in its place."""
+    return torch.cat([image["first"], x_BCTHW[:, :, 1:]], dim=2)
+
+
+def latent_shape(pipe: Any, call: Mapping[str, Any]) -> tuple[int, int, int, int]:
+    """C, T, H, W."""
+    return (
+        pipe.vae.config.z_dim,
+        1 + (call["num_frames"] - 1) // pipe.vae_scale_factor_temporal,
+        call["height"] // pipe.vae_scale_factor_spatial,
+        call["width"] // pipe.vae_scale_factor_spatial,
+    )
+
+
+def guidance_at(transformer: Any, call: Mapping[str, Any], sigma: float) -> float:
+    """Scale of classifier-free guidance at a noise level, standard unit: the low-noise expert may have its own."""
+    scale: float = call["guidance_scale"]
+    if isinstance(transformer, experts.Experts) and sigma < transformer.boundary:
+        scale = call.get("guidance_scale_2") or scale
+    return scale
+
+
+def calling(call: Mapping[str, Any], num_inference_steps: int, guidance_scale: float) -> dict[str, Any]:
+    """The call with other steps and guidance. A second scale, of the low-noise expert, is that one too."""
+    second = {"guidance_scale_2": guidance_scale} if "guidance_scale_2" in call else {}
+    return {**call, "num_inference_steps": num_inference_steps, "guidance_scale": guidance_scale, **second}
+
+
+def predict_velocity(transformer: Any, x_BCTHW: Tensor, sigma_B: Tensor, image: Conditions, text: Conditions) -> Tensor:
     """Predicted velocity (noise - x_0) of every latent frame; what stands at the first one has no meaning.
 
     Args:
         transformer: the network, or anything called like it.
-        x_BCTHW: noisy latents; their first frame is replaced by ``first_BC1HW``.
+        x_BCTHW: noisy latents; their first frame is replaced by the given one.
         sigma_B: noise level of frames 1 and on, in [0, 1]. The first frame's tokens are always told 0.
-        first_BC1HW: the clean latent of the given image.
-        text_BLD: see ``encode_text``.
+        image: see ``encode_image``.
+        text: see ``encode_text``.
     """
-    x_BCTHW = torch.cat([first_BC1HW, x_BCTHW[:, :, 1:]], dim=2)
+    x_BCTHW = with_given(x_BCTHW, image)
     _, patch_height, patch_width = transformer.config.patch_size
     num_frames, height, width = x_BCTHW.shape[2:]
     tokens_per_frame = (height // patch_height) * (width // patch_width)
     timestep_BN = (sigma_B * NUM_TRAIN_TIMESTEPS)[:, None].repeat(1, num_frames * tokens_per_frame)
     timestep_BN[:, :tokens_per_frame] = 0
-    output = transformer(hidden_states=x_BCTHW, timestep=timestep_BN, encoder_hidden_states=text_BLD, return_dict=False)
+    output = transformer(
+        hidden_states=x_BCTHW, timestep=timestep_BN, encoder_hidden_states=text["text"], return_dict=False
+    )
     return output[0]
 
 
 def with_parts(pipe: Any, transformer: Any, scheduler: Any) -> Any:
-    """The stock pipeline of another one's text encoder and autoencoder with this transformer and scheduler."""
-    from diffusers import WanImageToVideoPipeline  # says things on stderr that a worker's start has no place for
-
-    return WanImageToVideoPipeline(
-        tokenizer=pipe.tokenizer,
-        text_encoder=pipe.text_encoder,
-        vae=pipe.vae,
-        scheduler=scheduler,
-        transformer=transformer,
-        expand_timesteps=True,
-    )
+    """The stock pipeline of another one's text encoder and autoencoder with this network and scheduler."""
+    parts = {**pipe.components, "scheduler": scheduler, "transformer_2": None, **networks(transformer)}
+    boundary = transformer.boundary if isinstance(transformer, experts.Experts) else None
+    return type(pipe)(**parts, boundary_ratio=boundary, expand_timesteps=pipe.config.expand_timesteps)
 
 
 # --- engines ---------------------------------------------------------------------------------------------------------
@@ -160,19 +212,34 @@ class _ExportAttnProcessor(WanAttnProcessor):
         attention_mask: Tensor | None = None,
         rotary_emb: tuple[Tensor, Tensor] | None = None,
     ) -> Tensor:
-        query, key, value = _projected(attn, hidden_states, encoder_hidden_states, rotary_emb)
-        heads = F.scaled_dot_product_attention(
-            query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2), attn_mask=attention_mask
-        )
-        return attn.to_out[1](attn.to_out[0](heads.transpose(1, 2).flatten(2, 3).type_as(query)))
+        image_BND, text_BND = _contexts(attn, encoder_hidden_states)
+        query, key, value = _projected(attn, hidden_states, text_BND, rotary_emb)
+        heads = _attended(query, key, value, attention_mask)
+        if image_BND is not None:
+            image_key = attn.norm_added_k(attn.add_k_proj(image_BND)).unflatten(2, (attn.heads, -1))
+            image_value = attn.add_v_proj(image_BND).unflatten(2, (attn.heads, -1))
+            heads = heads + _attended(query, image_key, image_value)
+        return attn.to_out[1](attn.to_out[0](heads))
+
+
+def _contexts(attn: Any, context_BND: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+    """Tokens of the image and of the text. The stock processor takes the last 512 for the text."""
+    if attn.add_k_proj is None or context_BND is None:
+        return None, context_BND
+    return context_BND[:, :-TEXT_TOKENS], context_BND[:, -TEXT_TOKENS:]
+
+
+def _attended(query_BNHD: Tensor, key_BNHD: Tensor, value_BNHD: Tensor, mask: Tensor | None = None) -> Tensor:
+    heads = F.scaled_dot_product_attention(
+        query_BNHD.transpose(1, 2), key_BNHD.transpose(1, 2), value_BNHD.transpose(1, 2), attn_mask=mask
+    )
+    return heads.transpose(1, 2).flatten(2, 3).type_as(query_BNHD)
 
 
 def _projected(
     attn: Any, hidden_BND: Tensor, context_BND: Tensor | None, rotary_emb: tuple[Tensor, Tensor] | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Queries, keys and values ``[B, N, H, D]`` as the stock processor has them."""
-    if attn.add_k_proj is not None:
-        raise NotImplementedError("attention to image embeddings (Wan2.1-I2V) is not written out here yet")
     context_BND = hidden_BND if context_BND is None else context_BND
     query = attn.norm_q(attn.to_q(hidden_BND)).unflatten(2, (attn.heads, -1))
     key = attn.norm_k(attn.to_k(context_BND)).unflatten(2, (attn.heads, -1))
@@ -193,9 +260,22 @@ def rotated(x_BNHD: Tensor, cos_D: Tensor, sin_D: Tensor) -> Tensor:
 # --- depth ----------------------------------------------------------------------------------------------------------
 
 
+network = experts.of_pipeline
+networks = experts.by_component
+
+
 def blocks(transformer: Any) -> nn.ModuleList:
-    """The residual blocks in order: what can be skipped, and what a budget of parameters counts."""
-    return transformer.blocks
+    """The residual blocks in order, of one expert after those of the other: what can be skipped, and what a budget of
+    parameters counts."""
+    return nn.ModuleList(block for model in experts.models(transformer) for block in model.blocks)
+
+
+def groups(transformer: Any) -> list[range]:
+    """All blocks, or those of each expert."""
+    ends = [0]
+    for model in experts.models(transformer):
+        ends.append(ends[-1] + len(model.blocks))
+    return [range(*pair) for pair in pairwise(ends)]
 
 
 @contextmanager
@@ -204,12 +284,22 @@ def skipping(transformer: Any, skipped: Collection[int]) -> Iterator[None]:
 
     F(.; M) of the paper. The weights are the same objects, so gradients reach the blocks that are run.
     """
-    whole = transformer.blocks
-    transformer.blocks = nn.ModuleList(block for i, block in enumerate(whole) if i not in skipped)
+    with ExitStack() as stack:
+        for model, group in zip(experts.models(transformer), groups(transformer), strict=True):
+            kept = [block for i, block in zip(group, model.blocks, strict=True) if i not in skipped]
+            stack.enter_context(_of_blocks(model, kept))
+        yield
+
+
+@contextmanager
+def _of_blocks(model: Any, parts: Iterable[nn.Module]) -> Iterator[None]:
+    """Within it, a model runs these in place of its blocks."""
+    whole = model.blocks
+    model.blocks = nn.ModuleList(parts)
     try:
         yield
     finally:
-        transformer.blocks = whole
+        model.blocks = whole
 
 
 def width(transformer: Any) -> int:
@@ -220,18 +310,22 @@ def width(transformer: Any) -> int:
 @contextmanager
 def tokens_after(transformer: Any, places: Collection[int]) -> Iterator[list[Tensor]]:
     """Within it, each call adds the residual streams after these of the blocks that it runs, ``[B, N, D]`` each, to the
-    list; -1 is the last one."""
-    whole = transformer.blocks
+    list; -1 is the last one. Of experts a place is one in each of them."""
     seen: list[Tensor] = []
-    wanted = {place % len(whole) for place in places}
-    # Beside the blocks and no hook on them: a compiled block would be compiled anew.
-    transformer.blocks = nn.ModuleList(
-        part for i, block in enumerate(whole) for part in ((block, _Tap(seen)) if i in wanted else (block,))
-    )
-    try:
+    of_models = [[] for _ in transformer.models] if isinstance(transformer, experts.Experts) else [seen]
+    with ExitStack() as stack:
+        if isinstance(transformer, experts.Experts):
+            stack.enter_context(transformer.noting(of_models, seen))
+        for model, noted in zip(experts.models(transformer), of_models, strict=True):
+            wanted = {place % len(model.blocks) for place in places}
+            # Beside the blocks and no hook on them: a compiled block would be compiled anew.
+            tapped = (
+                part
+                for i, block in enumerate(model.blocks)
+                for part in ((block, _Tap(noted)) if i in wanted else (block,))
+            )
+            stack.enter_context(_of_blocks(model, tapped))
         yield seen
-    finally:
-        transformer.blocks = whole
 
 
 class _Tap(nn.Module):
@@ -246,14 +340,24 @@ class _Tap(nn.Module):
         return hidden_BND
 
 
-def without_blocks(transformer: Any, pruned: Collection[int]) -> WanTransformer3DModel:
-    """A new transformer, a copy of this one's weights with the blocks ``pruned`` gone and the rest numbered anew."""
-    kept = [i for i in range(len(transformer.blocks)) if i not in pruned]
+def without_blocks(transformer: Any, pruned: Collection[int]) -> Any:
+    """A new network, a copy of this one's weights with the blocks ``pruned`` gone and the rest numbered anew."""
+    smaller = [
+        _smaller(model, [i - group.start for i in group if i not in pruned])
+        for model, group in zip(experts.models(transformer), groups(transformer), strict=True)
+    ]
+    if isinstance(transformer, experts.Experts):
+        high, low = smaller
+        return experts.Experts(high, low, transformer.boundary)
+    return smaller[0]
+
+
+def _smaller(model: Any, kept: list[int]) -> WanTransformer3DModel:
     # Names with an underscore say where the weights were read from.
-    settings = {name: value for name, value in transformer.config.items() if not name.startswith("_")}
+    settings = {name: value for name, value in model.config.items() if not name.startswith("_")}
     smaller = WanTransformer3DModel.from_config({**settings, "num_layers": len(kept)})
-    smaller.load_state_dict(_renumbered(transformer.state_dict(), kept))
-    return smaller.to(transformer.device)
+    smaller.load_state_dict(_renumbered(model.state_dict(), kept))
+    return smaller.to(model.device)
 
 
 def _renumbered(weights: dict[str, Tensor], kept: list[int]) -> dict[str, Tensor]:
@@ -278,7 +382,7 @@ def attention_between_frames(
 
     The mean over heads and ``queries`` random rows a clip of ``sum_{j: frame(j) != frame(i)} A_ij``.
     """
-    shares: dict[int, list[float]] = {i: [] for i in range(len(transformer.blocks))}
+    shares: dict[int, list[float]] = {i: [] for i in range(len(blocks(transformer)))}
     with _processors(
         transformer, {i: _MeasuringAttnProcessor(num_frames, queries, generator, shares[i]) for i in shares}
     ):
@@ -302,7 +406,8 @@ def without_self_attention(transformer: Any, left_out: Collection[int]) -> Itera
 def silence_self_attention(transformer: Any, silenced: Collection[int]) -> None:
     """Self-attention of these blocks adds nothing from now on: what its last layer gives is 0."""
     for i in silenced:
-        last = transformer.blocks[i].attn1.to_out[0]
+        block: Any = blocks(transformer)[i]
+        last = block.attn1.to_out[0]
         with torch.no_grad():
             last.weight.zero_()
             last.bias.zero_()
@@ -310,21 +415,22 @@ def silence_self_attention(transformer: Any, silenced: Collection[int]) -> None:
 
 def self_attention_share(transformer: Any) -> float:
     """Of a block's parameters those of its self-attention."""
-    block = transformer.blocks[0]
+    block: Any = blocks(transformer)[0]
     return sum(p.numel() for p in block.attn1.parameters()) / sum(p.numel() for p in block.parameters())
 
 
 @contextmanager
 def _processors(transformer: Any, by_block: Mapping[int, WanAttnProcessor]) -> Iterator[None]:
     """Within it, self-attention of these blocks is computed by other processors."""
-    before = {i: transformer.blocks[i].attn1.processor for i in by_block}
+    every: Any = blocks(transformer)
+    before = {i: every[i].attn1.processor for i in by_block}
     for i, processor in by_block.items():
-        transformer.blocks[i].attn1.set_processor(processor)
+        every[i].attn1.set_processor(processor)
     try:
         yield
     finally:
         for i, processor in before.items():
-            transformer.blocks[i].attn1.set_processor(processor)
+            every[i].attn1.set_processor(processor)
 
 
 class _MeasuringAttnProcessor(WanAttnProcessor):

@@ -40,7 +40,7 @@ class Made:
     """The teacher's blocks that it does not have."""
     scheduler: Any
     call: dict[str, Any]
-    """How it is called, as far as that is not the teacher's way."""
+    """How it is called."""
 
 
 @dataclass(frozen=True)
@@ -55,13 +55,12 @@ class Passes:
 
 def few_steps(transformer: Any, start: Start, given: Given) -> Made:
     """A student that is called in the few steps it was trained for, without guidance."""
-    call = {"num_inference_steps": given.config.student.num_inference_steps, "guidance_scale": 1.0}
-    return Made(transformer, start.pruned, start.scheduler, call)
+    return Made(transformer, start.pruned, start.scheduler, given.few_steps_call)
 
 
 def in_the_teacher_s_steps(transformer: Any, pruned: Collection[int], given: Given) -> Made:
     """A student that is called as its teacher is."""
-    return Made(transformer, tuple(sorted(pruned)), given.pipe.scheduler, {})
+    return Made(transformer, tuple(sorted(pruned)), given.pipe.scheduler, given.card.call)
 
 
 def copy_of(given: Given, transformer: Any) -> Any:

@@ -31,5 +31,5 @@ def train(_run: Run, given: Given, start: Start, config: MethodConfig) -> Made:
     assert isinstance(config.own, EulerConfig)
     student = given.backbone.without_blocks(copy_of(given, start.whole), start.pruned)
     steps = given.config.student.num_inference_steps
-    call = {"num_inference_steps": steps, "guidance_scale": config.own.guidance_scale}
+    call = given.backbone.calling(given.card.call, steps, config.own.guidance_scale)
     return Made(student, start.pruned, start.scheduler, call)

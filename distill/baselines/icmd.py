@@ -67,6 +67,8 @@ def train(run: Run, given: Given, start: Start, config: MethodConfig) -> Made:
     """Train a teacher without some of its blocks to pass through the same states."""
     own, of = config.own, given.backbone
     assert isinstance(own, IcmdConfig)
+    if len(of.groups(given.teacher)) > 1:
+        raise ConfigError("ICMD compares the states of one network; the teacher is of two experts")
     torch.manual_seed(run.seed)  # of the discriminator's new weights
     parameters = [sum(p.numel() for p in block.parameters()) for block in of.blocks(given.teacher)]
     pruned = shallow_first(parameters, own.rho)
@@ -86,8 +88,8 @@ def train(run: Run, given: Given, start: Start, config: MethodConfig) -> Made:
         batch, sigma_B, noise = batch_of(number, generator)
         x_BCTHW = noised(batch.x0_BCTHW, noise, sigma_B)
         velocity, made = sides.student(x_BCTHW, sigma_B, batch)
-        task = losses.flow_matching(velocity, batch.x0_BCTHW, noise)
-        apart = content(made, sides.teacher(x_BCTHW, sigma_B, batch))
+        task = losses.flow_matching(*batch.made(velocity, batch.x0_BCTHW, noise))
+        apart = content(made, sides.teacher(x_BCTHW, sigma_B, batch), of.GIVEN_FRAMES)
         value = task + own.feature_weight * apart
         values = {"task": task.item(), "features": apart.item()}
         if own.adversarial_weight > 0:
@@ -134,6 +136,7 @@ class Sides:
         return velocity, [tokens_BND.unflatten(1, (x_BCTHW.shape[2], -1)) for tokens_BND in seen]
 
 
-def content(made: list[Tensor], wanted: list[Tensor]) -> Tensor:
-    """The feature term: the sum over the kept blocks."""
-    return torch.stack([losses.feature_distance(*pair) for pair in zip(made, wanted, strict=True)]).sum()
+def content(made: list[Tensor], wanted: list[Tensor], given_frames: int) -> Tensor:
+    """The feature term: the sum over the kept blocks, of the frames that are not given."""
+    pairs = ([tokens_BTND[:, given_frames:] for tokens_BTND in pair] for pair in zip(made, wanted, strict=True))
+    return torch.stack([losses.feature_distance(*pair) for pair in pairs]).sum()

@@ -70,9 +70,10 @@ def consistency(
     with torch.no_grad():
         velocity = given.velocity(given.teacher, x_BCTHW, sigma_B, batch)
         if config.guidance_scale > 1:
-            uncond = given.velocity(given.teacher, x_BCTHW, sigma_B, batch, batch.empty_BLD)
+            uncond = given.velocity(given.teacher, x_BCTHW, sigma_B, batch, batch.empty)
             velocity = losses.guided(velocity, uncond, None, sigma_B.new_full((1,), config.guidance_scale - 1), sigma_B)
         after_BCTHW = x_BCTHW + losses.over_clips(after_B - sigma_B) * velocity
         wanted = losses.clean(after_BCTHW, after_B, given.velocity(target, after_BCTHW, after_B, batch))
     made = losses.clean(x_BCTHW, sigma_B, given.velocity(student, x_BCTHW, sigma_B, batch))
-    return losses.pseudo_huber(made - wanted, config.huber)
+    (apart,) = batch.made(made - wanted)
+    return losses.pseudo_huber(apart, config.huber)

@@ -1,6 +1,6 @@
 """What every stage is given: the teacher, frozen, and clips with their captions.
 
-Shape suffixes: B clip, N clip of all, C channel, T latent frame, H row, W column, L text token, D text width.
+Shape suffixes: B clip, N clip of all, C channel, T latent frame, H row, W column.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from distill import losses, schedule, student
-from distill.backbones import base
-from distill.backbones.wan_autoencoder import in_one_pass
+from distill.backbones import base, conditions
+from distill.backbones.conditions import Conditions
 from distill.config import DEV_CLIPS, DistillConfig
 from distill.latents import Latents
 from distill.loop import Run, compile_blocks, plain_attention, training_device
@@ -22,16 +22,21 @@ from distill.loop import Run, compile_blocks, plain_attention, training_device
 
 @dataclass(frozen=True)
 class Batch:
-    """Clips with the embeddings of their captions and of the empty one."""
+    """Clips with their conditions."""
 
     x0_BCTHW: Tensor
-    text_BLD: Tensor
-    empty_BLD: Tensor
+    image: Conditions
+    """It goes into every branch."""
+    text: Conditions
+    """Of the captions."""
+    empty: Conditions
+    """Of the negative prompt, for each clip."""
+    given_frames: int
+    """Latent frames at the start that are given, not made."""
 
-    @property
-    def first_BC1HW(self) -> Tensor:
-        """The condition: the clean latent of the first frame. It goes into every branch."""
-        return self.x0_BCTHW[:, :, :1]
+    def made(self, *latents_BCTHW: Tensor) -> tuple[Tensor, ...]:
+        """Without the frames that are given: what a loss is taken of."""
+        return tuple(x_BCTHW[:, :, self.given_frames :] for x_BCTHW in latents_BCTHW)
 
     def noise(self, generator: torch.Generator) -> Tensor:
         """Gaussian noise of the clips' shape."""
@@ -49,8 +54,10 @@ class Given:
         self.config = config
         self.device = training_device()
         self.pipe = student.load_pipeline(folder, self.device)
-        in_one_pass(self.pipe.vae)
-        self.teacher: Any = self.pipe.transformer
+        self.backbone.in_one_pass(self.pipe.vae)
+        self.teacher: Any = self.backbone.network(self.pipe)
+        self.few_steps_call = self.backbone.calling(self.card.call, config.student.num_inference_steps, 1.0)
+        """The stock call of a student."""
         if config.compile:
             compile_blocks(run, self.backbone.blocks(self.teacher))
         self.train = Latents.of_split(run, self.pipe.vae, "train", config.num_clips, config.compile)
@@ -61,23 +68,25 @@ class Given:
         captions = [clips.captions[row] for row in rows_B.tolist()]
         if drop_B is not None:
             captions = ["" if dropped else c for c, dropped in zip(captions, drop_B.tolist(), strict=True)]
-        text_BLD = self._embed([*captions, ""])
+        with torch.no_grad():
+            text = self.backbone.encode_text(self.pipe, [*captions, ""], self.card.call)
         x0_BCTHW = clips.x0_NCTHW[rows_B].float().to(self.device)
-        return Batch(x0_BCTHW, text_BLD[:-1], text_BLD[-1:].expand(len(captions), -1, -1))
-
-    @torch.no_grad()
-    def _embed(self, captions: list[str]) -> Tensor:
-        length = self.card.call["max_sequence_length"]
-        return self.backbone.encode_text(self.pipe.tokenizer, self.pipe.text_encoder, captions, length)
+        return Batch(
+            x0_BCTHW,
+            self.backbone.image_of(x0_BCTHW, {}),
+            conditions.rows(text, slice(-1)),
+            conditions.repeated(conditions.rows(text, slice(-1, None)), len(captions)),
+            self.backbone.GIVEN_FRAMES,
+        )
 
     def velocity(
-        self, transformer: Any, x_BCTHW: Tensor, sigma_B: Tensor, batch: Batch, text_BLD: Tensor | None = None
+        self, transformer: Any, x_BCTHW: Tensor, sigma_B: Tensor, batch: Batch, text: Conditions | None = None
     ) -> Tensor:
         """Velocity in full precision by ``transformer``, with the captions or with another text."""
-        text_BLD = batch.text_BLD if text_BLD is None else text_BLD
+        text = batch.text if text is None else text
         reduced = self.config.precision == "bfloat16"
         with torch.autocast(self.device.type, torch.bfloat16, enabled=reduced), plain_attention():
-            return self.backbone.predict_velocity(transformer, x_BCTHW, sigma_B, batch.first_BC1HW, text_BLD).float()
+            return self.backbone.predict_velocity(transformer, x_BCTHW, sigma_B, batch.image, text).float()
 
     def sigmas(self, count: int, generator: torch.Generator) -> Tensor:
         """Noise levels as the teacher was trained on them, ``[count]``."""

@@ -40,7 +40,8 @@ class Importance:
     order: list[int]
     """Blocks by importance, the least first."""
     pruned: list[int]
-    """M*: the shortest prefix of ``order`` that holds rho of all block parameters."""
+    """M*: the shortest prefix of ``order`` that holds rho of all block parameters; of each expert's where there are
+    two."""
     unimportant: list[int]
     """U: what stage II may skip; contains M*."""
     block_parameters: list[int]
@@ -68,16 +69,23 @@ def run(run: Run, given: Given, config: ImportanceConfig, unimportant: float) ->
     drop_KM = drops[config.weighting]
     drop_M = drop_KM.mean(0)
     parameters = [sum(p.numel() for p in block.parameters()) for block in given.backbone.blocks(transformer)]
+    groups = given.backbone.groups(transformer)
     order = drop_M.argsort().tolist()
     if config.greedy:
-        order = _greedy_order(run, given, config, order, parameters)
-    pruned = smallest_prefix(order, parameters, config.rho)
-    size = max(round(unimportant * config.rho * count), len(pruned))
-    if not pruned or size >= count:
-        raise ConfigError(
-            f"importance.rho={config.rho} with pruning.unimportant={unimportant} lets stage II skip {size} of {count} "
-            "blocks; at least one has to stay: lower one of them"
-        )
+        order = _greedy_order(run, given, config, order, parameters, groups)
+    pruned: list[int] = []
+    skippable: list[int] = []
+    for group in groups:
+        within = [block for block in order if block in group]
+        gone_here = smallest_prefix(within, _of_group(parameters, group), config.rho)
+        size = max(round(unimportant * config.rho * len(group)), len(gone_here))
+        if not gone_here or size >= len(group):
+            raise ConfigError(
+                f"importance.rho={config.rho} with pruning.unimportant={unimportant} lets stage II skip {size} of "
+                f"{len(group)} blocks; at least one has to stay: lower one of them"
+            )
+        pruned += gone_here
+        skippable += within[:size]
     whole = sum(p.numel() for p in transformer.parameters())
     gone = sum(parameters[block] for block in pruned)
     found = Importance(
@@ -87,7 +95,7 @@ def run(run: Run, given: Given, config: ImportanceConfig, unimportant: float) ->
         error=_weighted(errors_MKS, sigma_S, given.config.shift, config.weighting)[0].mean().item(),
         order=order,
         pruned=sorted(pruned),
-        unimportant=sorted(order[:size]),
+        unimportant=sorted(skippable),
         block_parameters=parameters,
         block_ratio=1 - gone / sum(parameters),
         ratio=1 - gone / whole,
@@ -119,7 +127,9 @@ def _errors(run: Run, given: Given, config: ImportanceConfig, masks: list[tuple[
             for number, mask in enumerate(masks):
                 with given.backbone.skipping(given.teacher, mask):
                     velocity = given.velocity(given.teacher, x_BCTHW, sigma_B, batch)
-                errors_MKS[number, rows, level] = losses.velocity_error(velocity, batch.x0_BCTHW, noise).cpu()
+                errors_MKS[number, rows, level] = losses.velocity_error(
+                    *batch.made(velocity, batch.x0_BCTHW, noise)
+                ).cpu()
         run.event("importance", 0, clips=first + len(rows), masks=len(masks))
     return errors_MKS, sigma_S
 
@@ -136,16 +146,25 @@ def _drops(errors_MKS: Tensor, sigma_S: Tensor, shift: float, weighting: Any) ->
 
 
 def _greedy_order(
-    run: Run, given: Given, config: ImportanceConfig, order: list[int], parameters: list[int]
+    run: Run, given: Given, config: ImportanceConfig, order: list[int], parameters: list[int], groups: list[range]
 ) -> list[int]:
     """Remove the block whose removal costs least, given those removed before, until the budget is met."""
     gone: list[int] = []
-    while not smallest_prefix(gone, parameters, config.rho):
-        left = [block for block in order if block not in gone]
+
+    def unmet(group: range) -> bool:
+        within = [block for block in gone if block in group]
+        return not smallest_prefix(within, _of_group(parameters, group), config.rho)
+
+    while wanting := [group for group in groups if unmet(group)]:
+        left = [block for block in order if block not in gone and any(block in group for group in wanting)]
         errors_MKS, sigma_S = _errors(run, given, config, [(*gone, block) for block in left])
         costs_M = _weighted(errors_MKS, sigma_S, given.config.shift, config.weighting).mean(-1)
         gone.append(left[int(costs_M.argmin())])
     return gone + [block for block in order if block not in gone]
+
+
+def _of_group(parameters: list[int], group: range) -> list[int]:
+    return [count if block in group else 0 for block, count in enumerate(parameters)]
 
 
 def smallest_prefix(order: list[int], parameters: list[int], rho: float) -> list[int]:

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from distill import losses, schedule
 from distill.backbones.base import Backbone
+from distill.backbones.conditions import Conditions
 from distill.config import CriticConfig, MatchingConfig, ScoresConfig
 from distill.loop import Rival, Run, compile_blocks, fit
 from distill.stages import heads, watch
@@ -71,8 +72,9 @@ def run(
             y_BCTHW = rollout(batch, generator)
         sigma_B, noise = score_sigmas(len(y_BCTHW), generator), batch.noise(generator)
         velocity, fake_logit_B = critic(given, noised(y_BCTHW, noise, sigma_B), sigma_B, batch)
-        value = losses.flow_matching(velocity, y_BCTHW, noise)
-        values = gaps(losses.velocity_error(velocity.detach(), y_BCTHW, noise), sigma_B)
+        made = batch.made(velocity, y_BCTHW, noise)
+        value = losses.flow_matching(*made)
+        values = gaps(losses.velocity_error(*(part.detach() for part in made)), sigma_B)
         if not gan:
             return value, values
         real = conditions(number + 1)  # others than those that y was made for
@@ -92,14 +94,14 @@ def run(
             real_v = scores.real(x_BCTHW, sigma_B, batch, beta_1_B, beta_2_B)
             fake_v = scores.fake(x_BCTHW, sigma_B, batch)
         real, fake = (losses.clean(x_BCTHW, sigma_B, v) for v in (real_v, fake_v))
-        gradient = losses.matching_gradient(y_BCTHW.detach(), real, fake)
+        made, real, fake, x0 = batch.made(y_BCTHW, real, fake, batch.x0_BCTHW)
+        gradient = losses.matching_gradient(made.detach(), real, fake)
         if config.truth_weight > 0:
-            truth = losses.matching_gradient(y_BCTHW.detach(), batch.x0_BCTHW, fake)
-            gradient = gradient + config.truth_weight * truth
-        value = losses.distribution_matching(y_BCTHW, gradient)
+            gradient = gradient + config.truth_weight * losses.matching_gradient(made.detach(), x0, fake)
+        value = losses.distribution_matching(made, gradient)
         values = {
             "gradient": gradient.abs().mean().item(),
-            "score_gap": (real_v - fake_v)[:, :, 1:].square().mean().item(),
+            "score_gap": batch.made(real_v - fake_v)[0].square().mean().item(),
             "beta_1": beta_1_B.mean().item(),
             "beta_2": beta_2_B.mean().item(),
         }
@@ -178,7 +180,7 @@ class Rollout:
         sigma_B = self._level(step, batch)
         velocity = self._given.velocity(self._student, x_BCTHW, sigma_B, batch)
         x0_BCTHW = losses.clean(x_BCTHW, sigma_B, velocity)
-        return torch.cat([batch.first_BC1HW, x0_BCTHW[:, :, 1:]], dim=2)
+        return self._given.backbone.with_given(x0_BCTHW, batch.image)
 
 
 class Critic(nn.Module):
@@ -194,13 +196,14 @@ class Critic(nn.Module):
         base.requires_grad_(False)
         if self.lora:
             within = {id(layer) for layer in backbone.blocks(base).modules() if isinstance(layer, nn.Linear)}
-            targets = [name for name, layer in base.named_modules() if id(layer) in within]
-            base.add_adapter(LoraConfig(r=config.rank, lora_alpha=config.rank, target_modules=targets), ADAPTER)
+            for model in backbone.networks(base).values():
+                targets = [name for name, layer in model.named_modules() if id(layer) in within]
+                model.add_adapter(LoraConfig(r=config.rank, lora_alpha=config.rank, target_modules=targets), ADAPTER)
             self.transformer = base
         else:
             self.transformer = copy.deepcopy(base).train().requires_grad_(True)
         depth = len(backbone.blocks(base)) - len(self._skipped)
-        self._read = depth - 1 if tokens == "last" else depth // 2 - 1
+        self._read = -1 if tokens == "last" else depth // len(backbone.groups(base)) // 2 - 1
         self.head = heads.token_head(backbone.width(base)).to(base.device)
 
     def forward(self, given: Given, x_BCTHW: Tensor, sigma_B: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
@@ -211,7 +214,8 @@ class Critic(nn.Module):
         ):
             velocity = given.velocity(self.transformer, x_BCTHW, sigma_B, batch)
         tokens_BND = seen[0].float()
-        later = tokens_BND.shape[1] // x_BCTHW.shape[2]  # the first frame's tokens are the condition
+        # Tokens of given frames are the condition.
+        later = tokens_BND.shape[1] // x_BCTHW.shape[2] * self._backbone.GIVEN_FRAMES
         return velocity, self.head(tokens_BND[:, later:]).mean(dim=(1, 2))
 
     @contextmanager
@@ -220,15 +224,18 @@ class Critic(nn.Module):
         if not self.lora:
             yield
             return
-        if scale == 0:
-            self.transformer.disable_adapters()
-        else:
-            self.transformer.set_adapters(ADAPTER, scale)
+        models = self._backbone.networks(self.transformer).values()
+        for model in models:
+            if scale == 0:
+                model.disable_adapters()
+            else:
+                model.set_adapters(ADAPTER, scale)
         try:
             yield
         finally:
-            self.transformer.enable_adapters()
-            self.transformer.set_adapters(ADAPTER, 1.0)
+            for model in models:
+                model.enable_adapters()
+                model.set_adapters(ADAPTER, 1.0)
 
 
 class Scores:
@@ -249,23 +256,23 @@ class Scores:
         text_B = (beta_1_B + self._text_offset).to(x_BCTHW)
         intra_B = (beta_2_B + self._intra_offset).to(x_BCTHW)
 
-        def velocity(mask: Collection[int], text_BLD: Tensor, network: Any = self._base) -> Tensor:
+        def velocity(mask: Collection[int], text: Conditions, network: Any = self._base) -> Tensor:
             with self._given.backbone.skipping(network, mask):
-                return self._given.velocity(network, x_BCTHW, sigma_B, batch, text_BLD)
+                return self._given.velocity(network, x_BCTHW, sigma_B, batch, text)
 
-        def source(text_BLD: Tensor) -> Tensor:
+        def source(text: Conditions) -> Tensor:
             if self._config.source == "teacher":
-                return velocity([], text_BLD, self._given.teacher)
+                return velocity([], text, self._given.teacher)
             if self._config.source == "pruned":
-                return velocity(self._pruned, text_BLD)
-            full = velocity([], text_BLD)
+                return velocity(self._pruned, text)
+            full = velocity([], text)
             if self._config.source == "full":
                 return full
-            return (full + velocity(self._pruned, text_BLD)) / 2
+            return (full + velocity(self._pruned, text)) / 2
 
         with self._critic.scaled(self._config.alpha_weak):
-            full, uncond = source(batch.text_BLD), source(batch.empty_BLD)
-            pruned = velocity(self._pruned, batch.text_BLD) if self._pruned and intra_B.any() else None
+            full, uncond = source(batch.text), source(batch.empty)
+            pruned = velocity(self._pruned, batch.text) if self._pruned and intra_B.any() else None
         return losses.guided(full, uncond, pruned, text_B, intra_B)
 
     def fake(self, x_BCTHW: Tensor, sigma_B: Tensor, batch: Batch) -> Tensor:

@@ -52,7 +52,8 @@ def depth_loss(
         unpruned = given.velocity(target, x_BCTHW, sigma_B, batch)
     with given.backbone.skipping(transformer, mask):
         pruned = given.velocity(transformer, x_BCTHW, sigma_B, batch)
-    return losses.depth_matching(pruned, unpruned, batch.x0_BCTHW, noise_BCTHW, config.alpha)
+    pruned, unpruned, x0, noise = batch.made(pruned, unpruned, batch.x0_BCTHW, noise_BCTHW)
+    return losses.depth_matching(pruned, unpruned, x0, noise, config.alpha)
 
 
 def draw_mask(found: Importance, config: PruningConfig, generator: torch.Generator) -> frozenset[int]:
@@ -78,12 +79,12 @@ def drift(run: Run, given: Given, transformer: Any, pruned: list[int]) -> dict[s
     batch = given.batch(given.dev, rows)
     sigma_B, noise = given.sigmas(len(rows), generator), batch.noise(generator)
     x_BCTHW = noised(batch.x0_BCTHW, noise, sigma_B)
-    teachers = given.velocity(given.teacher, x_BCTHW, sigma_B, batch)
-    values = {"dev_loss_teacher": losses.velocity_error(teachers, batch.x0_BCTHW, noise).mean().item()}
+    teachers, x0, noise = batch.made(given.velocity(given.teacher, x_BCTHW, sigma_B, batch), batch.x0_BCTHW, noise)
+    values = {"dev_loss_teacher": losses.velocity_error(teachers, x0, noise).mean().item()}
     for name, mask in (("full", []), ("pruned", pruned)):
         with given.backbone.skipping(transformer, mask):
-            made = given.velocity(transformer, x_BCTHW, sigma_B, batch)
-        apart = (made - teachers)[:, :, 1:].square().mean() / teachers[:, :, 1:].square().mean()
+            (made,) = batch.made(given.velocity(transformer, x_BCTHW, sigma_B, batch))
+        apart = (made - teachers).square().mean() / teachers.square().mean()
         values[f"drift_{name}"] = apart.item()
-        values[f"dev_loss_{name}"] = losses.velocity_error(made, batch.x0_BCTHW, noise).mean().item()
+        values[f"dev_loss_{name}"] = losses.velocity_error(made, x0, noise).mean().item()
     return values

@@ -29,15 +29,13 @@ class Watch:
         self._run = run
         self._given = given
         self._scheduler = scheduler
-        steps = given.config.student.num_inference_steps
-        few = {"num_inference_steps": steps, "guidance_scale": 1.0}
-        self._call = {**given.card.call, **(few if call is None else call)}
+        self._call = given.few_steps_call if call is None else call
         clips = given.config.watched
         self._prompts = given.dev.captions[:clips]
         latents = given.dev.x0_NCTHW[:clips].float().to(given.device)
         decode = given.backbone.decode_latents
         self._drawn = torch.cat([decode(given.pipe.vae, part).cpu() for part in latents.split(CHUNK)])
-        self._noise = sampler.draw_noise(given.pipe, range(clips), given.card.call)
+        self._noise = sampler.draw_noise(given.backbone, given.pipe, range(clips), given.card.call)
 
     @cached_property
     def teachers(self) -> Tensor:
@@ -60,7 +58,8 @@ class Watch:
             between()
             part = slice(first, first + CHUNK)
             first_BCHW, noise_BCTHW = self._drawn[part, :, 0], self._noise[part]
-            made.append(sampler.sample(pipe, first_BCHW, self._prompts[part], call, noise_BCTHW, precision).cpu())
+            of = (self._given.backbone, pipe)
+            made.append(sampler.sample(*of, first_BCHW, self._prompts[part], call, noise_BCTHW, precision).cpu())
         return torch.cat(made)
 
 

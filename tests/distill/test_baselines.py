@@ -90,7 +90,7 @@ def test_the_solver_s_step_is_guided(given, batch, recipe, monkeypatch):
     def velocity(transformer, x, _sigma_B, _batch, text=None):
         if transformer == "target":
             seen["x"] = x
-        return without if text is batch.empty_BLD else with_caption
+        return without if text is batch.empty else with_caption
 
     monkeypatch.setattr(given, "velocity", velocity)
     places = torch.tensor([10, 30, 50])
@@ -214,7 +214,8 @@ def test_feature_and_hinge_losses_have_their_known_values():
     assert losses.feature_distance(0 * wanted_BTND, 100 * wanted_BTND).item() == pytest.approx(1)
     given_frame = wanted_BTND.clone()
     given_frame[:, 0] += 5
-    assert losses.feature_distance(given_frame, wanted_BTND) == 0
+    assert icmd.content([given_frame], [wanted_BTND], given_frames=1) == 0
+    assert icmd.content([given_frame], [wanted_BTND], given_frames=0) > 0
     ones, zeros = torch.ones(3), torch.zeros(3)
     assert losses.hinge(ones, -ones) == 0
     assert losses.hinge(2 * ones, -3 * ones) == 0  # beyond the margin nothing is gained
@@ -244,8 +245,8 @@ def test_features_of_the_same_places_are_matched(given, batch):
         assert torch.equal(velocity, given.velocity(smaller, x, sigma_B, batch))
     assert len(made) == len(wanted) == tiny.NUM_LAYERS - 1
     assert [torch.equal(*pair) for pair in zip(made, wanted, strict=True)] == [True, True, False, False]
-    assert icmd.content(made[:2], wanted[:2]) == 0
-    assert icmd.content(made, wanted) > 0
+    assert icmd.content(made[:2], wanted[:2], 1) == 0
+    assert icmd.content(made, wanted, 1) > 0
     assert made[0].shape[:2] == (3, x.shape[2])
 
 

@@ -142,8 +142,9 @@ def test_stock_diffusers_makes_what_the_trainer_s_sampler_makes(tiny_run):
     stock = DiffusionPipeline.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
     clips = shapes.clips(0, shapes.SPLITS["dev"][:2])
     prompts = [str(caption) for caption in clips.captions]
-    noise = sampler.draw_noise(stock, range(2), card.call)
-    ours = sampler.sample(student.load_pipeline(folder, "cpu"), clips.video_BCTHW[:, :, 0], prompts, card.call, noise)
+    noise = sampler.draw_noise(wan, stock, range(2), card.call)
+    given_BCHW = clips.video_BCTHW[:, :, 0]
+    ours = sampler.sample(wan, student.load_pipeline(folder, "cpu"), given_BCHW, prompts, card.call, noise)
     for i, prompt in enumerate(prompts):
         image = clips.video_BCTHW[i : i + 1, :, 0] / 2 + 0.5
         generator = torch.Generator().manual_seed(i)
@@ -268,7 +269,7 @@ def test_a_student_is_no_teacher(tiny_run, tmp_path):
 def test_a_backbone_that_is_not_here_is_one_clear_error(tiny_teacher, tmp_path):
     other = Path(shutil.copytree(tiny_teacher, tmp_path / "teacher"))
     student.write_card(other, student.read_card(other).model_copy(update={"backbone": "mochi"}))
-    with pytest.raises(ConfigError, match=r"the teacher is of backbone mochi, task ti2v; what can be distilled is wan"):
+    with pytest.raises(ConfigError, match=r"the model is of backbone mochi, task ti2v; what is known is wan \(ti2v\)"):
         distil(tmp_path / "run", tiny.recipe(other))
     assert not (tmp_path / "run").exists()
 

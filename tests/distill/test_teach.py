@@ -17,6 +17,7 @@ from distill import evaluate, losses, sampler, student, teach
 from distill.backbones import wan
 from distill.config import TeachConfig
 from distill.data import shapes
+from distill.stages.given import Batch
 from tests.stack import ROOT, wait_for
 
 TINY = {
@@ -101,14 +102,14 @@ def test_our_sampler_equals_the_stock_pipeline(run_folder, pipeline, guidance_sc
     clips = shapes.clips(0, shapes.SPLITS["dev"][3:11])
     prompts = [str(caption) for caption in clips.captions]
     call = {**student.read_card(run_folder / "teacher").call, "guidance_scale": guidance_scale}
-    noise = sampler.draw_noise(pipeline, range(8), call)
-    ours = sampler.sample(evaluate.load(run_folder / "teacher"), clips.video_BCTHW[:, :, 0], prompts, call, noise)
+    noise = sampler.draw_noise(wan, pipeline, range(8), call)
+    ours = sampler.sample(wan, evaluate.load(run_folder / "teacher"), clips.video_BCTHW[:, :, 0], prompts, call, noise)
     for i, prompt in enumerate(prompts):
         image = clips.video_BCTHW[i : i + 1, :, 0] / 2 + 0.5
         generator = torch.Generator().manual_seed(i)
         stock = pipeline(image=image, prompt=prompt, generator=generator, output_type="pt", **call).frames
         assert torch.allclose(ours[i].transpose(0, 1), stock[0] * 2 - 1, atol=2e-3)
-    roughly = sampler.sample(pipeline, clips.video_BCTHW[:, :, 0], prompts, call, noise, torch.bfloat16)
+    roughly = sampler.sample(wan, pipeline, clips.video_BCTHW[:, :, 0], prompts, call, noise, torch.bfloat16)
     assert 0 < (roughly - ours).square().mean().sqrt() < 0.02
 
 
@@ -117,12 +118,13 @@ def test_the_first_frame_is_given_and_its_loss_left_out(pipeline):
     noise = torch.randn_like(x0)
     velocity = noise - x0
     velocity[:, :, 0] += 100
-    assert losses.flow_matching(velocity, x0, noise) == 0
-    text = wan.encode_text(pipeline.tokenizer, pipeline.text_encoder, ["a red circle grows"], 32)
+    text = wan.encode_text(pipeline, ["a red circle grows"], {"max_sequence_length": 32})
+    batch = Batch(x0, wan.image_of(x0, {}), text, text, wan.GIVEN_FRAMES)
+    assert losses.flow_matching(*batch.made(velocity, x0, noise)) == 0
     sigma = torch.tensor([0.7])
-    one = wan.predict_velocity(pipeline.transformer, x0, sigma, x0[:, :, :1], text)
+    one = wan.predict_velocity(pipeline.transformer, x0, sigma, batch.image, text)
     replaced = torch.cat([torch.full_like(x0[:, :, :1], 9.0), x0[:, :, 1:]], 2)
-    two = wan.predict_velocity(pipeline.transformer, replaced, sigma, x0[:, :, :1], text)
+    two = wan.predict_velocity(pipeline.transformer, replaced, sigma, batch.image, text)
     assert torch.equal(one, two)  # what stood at the first frame was replaced by the given one
 
 

@@ -1,0 +1,1 @@
+"""Tiny pipeline folders of the real classes, with random weights."""
