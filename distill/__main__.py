@@ -15,7 +15,7 @@ from importlib import import_module
 from pathlib import Path
 
 from distill import recipes
-from distill.config import Config, ConfigError, override
+from distill.config import AdoptConfig, Config, ConfigError, PrepareConfig, override
 
 REFUSED = 3
 RESUMABLE = 75
@@ -90,6 +90,22 @@ def main(arguments: list[str] | None = None) -> int:
     lineage.add_argument("--storage", type=Path, metavar="FOLDER", help="the object storage, where it is a folder")
     lineage.add_argument("--releases", type=Path, metavar="FILE", help="what GET /admin/release answered")
     lineage.add_argument("--json", action="store_true", help="for programs")
+    _add_prepare(commands.add_parser("prepare", help="encode videos and captions once; the same command goes on"))
+    merge = commands.add_parser("merge", help="join what several machines prepared, or several sources")
+    merge.add_argument("out", type=Path, help="a new folder")
+    merge.add_argument("folders", type=Path, nargs="+", metavar="PART", help="what `prepare` wrote")
+    bench = commands.add_parser("vbench", help="what the VBench benchmark says of videos, where it is installed")
+    bench.add_argument("videos", type=Path, help="folder of .mp4 files")
+    bench.add_argument(
+        "--images", type=Path, metavar="FOLDER", help="the pictures they were made from, of the same names"
+    )
+    bench.add_argument("--out", type=Path, help="where the report goes (var/evaluations/NAME)")
+    bench.add_argument("--python", default=sys.executable, help="of the environment that has vbench (this one)")
+    adopt = commands.add_parser("adopt", help="check a downloaded pipeline folder and make it a teacher")
+    adopt.add_argument("folder", type=Path, help="with model_index.json; teacher.json is written into it")
+    adopt.add_argument(
+        "--set", action="append", default=[], metavar="A=C", help="fps=24, num_frames=121, negative_prompt=..."
+    )
     features = commands.add_parser("features", help="train the small classifier whose features fvd_shapes compares")
     features.add_argument("folder", type=Path)
     features.add_argument("--set", action="append", default=[], metavar="A.B=C", help="change one setting")
@@ -102,12 +118,20 @@ def main(arguments: list[str] | None = None) -> int:
         return _evaluate(options)
     if options.command == "gate":
         return _gate(options)
+    if options.command == "adopt":
+        return _adopt(options)
     if options.command == "publish":
         return _publish(options)
     if options.command == "lineage":
         return _lineage(options)
+    if options.command in ("prepare", "merge"):
+        return _prepare(options) if options.command == "prepare" else _merge(options)
     if options.command in ("compare", "tune"):
         return _compare(options) if options.command == "compare" else _tune(options)
+    if options.command == "vbench":
+        vbench = import_module("distill.vbench").vbench
+        out = options.out or Path("var/evaluations") / options.videos.resolve().name
+        return _train(lambda: vbench(options.videos, out, options.python, options.images, _say), options.videos)
     try:
         if options.command == "features":
             seeing = override(recipes.features_shapes(), options.set)
@@ -127,6 +151,19 @@ def main(arguments: list[str] | None = None) -> int:
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+
+
+def _adopt(options: argparse.Namespace) -> int:
+    from distill.adopt import adopt
+    from distill.student import FolderError
+
+    try:
+        card = adopt(options.folder, override(AdoptConfig(), options.set))
+    except (ConfigError, FolderError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(f"{options.folder / 'teacher.json'}: {card.backbone}, task {card.task}, sha256 {card.sha256[:12]}")
+    return 0
 
 
 def _train(train: Callable[[], Path], folder: Path) -> int:
@@ -170,6 +207,53 @@ def _add_tune(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--rungs", type=int)
     parser.add_argument("--clips", type=int, help="of the dev split")
     parser.add_argument("--set", action="append", default=[], metavar="A.B=C", help="change one setting of the recipe")
+
+
+def _add_prepare(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "source", type=Path, help="folder of videos with a .txt beside each; .csv or .parquet; .txt of captions"
+    )
+    parser.add_argument("out", type=Path, help="a new folder")
+    parser.add_argument(
+        "--model", type=Path, required=True, metavar="FOLDER", help="whose encoders: for example a teacher"
+    )
+    parser.add_argument("--workers", type=int, default=2, metavar="N", help="processes that read videos (2)")
+    parser.add_argument(
+        "--shard", default="1/1", metavar="I/N", help="the I-th of N machines; `merge` joins them (1/1)"
+    )
+    parser.add_argument("--from-teacher", action="store_true", help="captions only: the teacher samples the clips")
+    parser.add_argument("--set", action="append", default=[], metavar="A.B=C", help="change one setting")
+    parser.add_argument("--dry-run", action="store_true", help="print the resolved configuration and stop")
+
+
+def _prepare(options: argparse.Namespace) -> int:
+    try:
+        config = override(PrepareConfig(from_teacher=options.from_teacher), options.set)
+        shard = _shard(options.shard)
+        if options.workers < 1:
+            raise ConfigError(f"--workers {options.workers}: videos are read by one process at least")
+    except ConfigError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    if options.dry_run:
+        print(json.dumps(config.model_dump(mode="json"), indent=2))
+        return 0
+    prepare = import_module("distill.prepare").prepare
+    return _train(
+        lambda: prepare(options.source, options.out, options.model, config, options.workers, shard), options.out
+    )
+
+
+def _shard(text: str) -> tuple[int, int]:
+    number, _, count = text.partition("/")
+    if not (number.isdecimal() and count.isdecimal() and 1 <= int(number) <= int(count)):
+        raise ConfigError(f"--shard {text}: give the how-maniest machine of how many, for example 2/4")
+    return int(number), int(count)
+
+
+def _merge(options: argparse.Namespace) -> int:
+    merge = import_module("distill.prepare").merge
+    return _train(lambda: merge(options.out, options.folders), options.out)
 
 
 def _given(options: argparse.Namespace, *names: str) -> list[str]:

@@ -25,6 +25,7 @@ from distill.backbones import base as backbones
 from distill.config import CompareConfig, ConfigError, DistillConfig, EulerConfig, F3Config, MethodConfig, override
 from distill.evaluate import Interval
 from distill.loop import Diverged, Run, remember, training_device, write_json
+from distill.recipes import few_steps
 from distill.scores import Asked, Scored
 
 STEPS = (1, 2, 3, 4, 8)
@@ -234,7 +235,7 @@ def _methods(recipe: DistillConfig, config: CompareConfig, blocks: int) -> list[
         return Row(name, "methods", method.within(of, passes, config.pruning_share, blocks))
 
     def euler(name: str, steps: int, scale: float, weights: str = "teacher") -> Row:
-        few = recipe.model_copy(update={"student": method.student_of(steps, recipe.shift)})
+        few = recipe.model_copy(update={"student": few_steps(steps, recipe.shift)})
         of = method.METHODS["euler"].settings(few, weights)
         return row(name, of.model_copy(update={"own": EulerConfig(guidance_scale=scale)}))
 
@@ -282,7 +283,7 @@ def _grid(recipe: DistillConfig, config: CompareConfig, blocks: int) -> list[Row
         unimportant = min(recipe.pruning.unimportant, 0.9 / rho) if rho else recipe.pruning.unimportant
         pruned = override(recipe, [f"importance.rho={rho}", f"pruning.unimportant={unimportant}"]) if rho else recipe
         for steps in STEPS if config.tier != "quick" else STEPS[:1]:
-            few = pruned.model_copy(update={"student": method.student_of(steps, recipe.shift)})
+            few = pruned.model_copy(update={"student": few_steps(steps, recipe.shift)})
             of = short(few, config, blocks, unit, "pruned" if rho else "teacher")
             rows.append(Row(grid_name(steps, rho), "grid", of))
     # Outwards from what is deployed.

@@ -22,6 +22,10 @@ Tunable = Annotated[ValueT, Field(json_schema_extra={"tunable": True})]
 """A field that `recipes.check` lets be changed."""
 
 
+SHAPES = "shapes"
+"""Data that is drawn when it is needed."""
+
+
 class ConfigError(ValueError):
     """A setting that does not exist or does not fit; the message says which and what was wanted."""
 
@@ -111,6 +115,23 @@ class CallConfig(Config):
 
     num_inference_steps: int = Field(gt=0)
     guidance_scale: float = Field(ge=1)
+
+
+class AdoptConfig(Config):
+    """A downloaded pipeline as a teacher (`distill.adopt`). None: the stock pipeline's own default."""
+
+    name: str | None = Field(default=None, description="the folder's")
+    num_inference_steps: int | None = Field(default=None, gt=0)
+    guidance_scale: float | None = Field(default=None, ge=1, description="of Hunyuan the one that is fed in")
+    true_cfg_scale: float | None = Field(default=None, ge=1, description="of Hunyuan, classifier-free guidance")
+    width: int | None = Field(default=None, gt=0)
+    height: int | None = Field(default=None, gt=0)
+    num_frames: int | None = Field(default=None, gt=0)
+    max_sequence_length: int | None = Field(default=None, gt=0)
+    negative_prompt: str | None = None
+    fps: int = Field(default=16, gt=0, description="the pipelines do not know it")
+    help: str = "say what the video shows and how it moves"
+    examples: tuple[str, ...] = Field(default=("a boat on a lake rocks in the wind",), min_length=1)
 
 
 class TeachConfig(Config):
@@ -395,6 +416,7 @@ class DistillConfig(Config):
     preset: Literal["full", "quick", "smoke"]
     seed: Tunable[int] = Field(ge=0, lt=2**32, description="of everything random")
     teacher: str = Field(description="a model folder")
+    data: str = Field(default=SHAPES, description="clips of the world shapes, or a folder of `distill prepare`")
     num_clips: Tunable[int] = Field(gt=0, le=MAX_CLIPS, description="training clips whose latents are cached")
     text_drop: float = Field(ge=0, le=1, description="share of captions replaced by the empty one in stage II")
     shift: float = Field(gt=0, description="of the noise levels of stages I and II: the teacher's")
@@ -408,6 +430,50 @@ class DistillConfig(Config):
     pruning: PruningConfig
     matching: MatchingConfig
     gate: GateConfig = GateConfig()
+
+
+# --- a prepared data set ----------------------------------------------------------------------------------------------
+
+
+class FiltersConfig(Config):
+    """Which videos `distill prepare` takes (`distill.data.videos`)."""
+
+    min_scale: float = Field(
+        default=1.0, gt=0, description="a video's size over the model's, below which it would be enlarged too much"
+    )
+    min_frame_rate: float = Field(
+        default=0.75, ge=0, description="a video's frame rate over the model's, below which frames are shown twice"
+    )
+    min_motion: float = Field(
+        default=0.01,
+        ge=0,
+        description="change from frame to frame, of the whole range, where a twentieth of the picture changes most; "
+        "below, the video is static",
+    )
+    max_cut: float = Field(
+        default=0.1,
+        gt=0,
+        description="largest change between two frames beyond the median one: above, the scene is cut",
+    )
+    min_difference_bits: int = Field(
+        default=32,
+        ge=0,
+        le=256,
+        description="of the hash of 256 bits, from every clip before: below, it is one of them",
+    )
+
+
+class PrepareConfig(Config):
+    """What `distill prepare` makes of a source of videos and captions (`distill.prepare`)."""
+
+    filters: FiltersConfig = FiltersConfig()
+    held_out: float = Field(default=0.02, ge=0, lt=1, description="share of the sources that goes to the dev split")
+    clips_per_file: int = Field(default=64, gt=0, description="of the source; an interrupted file is begun again")
+    precision: Literal["float32", "bfloat16"] = Field(default="float32", description="of the encoders, by autocast")
+    text_dtype: Literal["float16", "bfloat16", "float32"] = Field(default="float16", description="as it is kept")
+    decode_timeout_s: float = Field(default=120.0, gt=0, description="a video that takes longer is unreadable")
+    from_teacher: bool = Field(default=False, description="the model itself samples the clips, from captions only")
+    seed: int = Field(default=0, ge=0, description="of the noise that it samples them from")
 
 
 # --- the comparison of methods ----------------------------------------------------------------------------------------

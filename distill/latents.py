@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from distill.backbones import wan, wan_autoencoder
-from distill.data import shapes
+from distill.data import prepared, shapes
 from distill.loop import Run, compiled
 
 CHUNK = 16
@@ -63,6 +63,13 @@ class Latents:
             x0_NCTHW = wan.normalise(vae, encode(run, vae, indices, compile))
             store(path, x0_NCTHW)
         return cls(load_file(path)["latents"], captions)
+
+    def __len__(self) -> int:
+        return len(self.captions)
+
+    def batch(self, rows_B: Tensor) -> prepared.Clips:
+        """The clips of these rows. Their captions are encoded when they are used: they cost little."""
+        return prepared.Clips([self.captions[row] for row in rows_B.tolist()], self.x0_NCTHW[rows_B], {}, {}, {})
 
     def rows(self, run: Run, batch_number: int, batch: int) -> Tensor:
         """Which clips the batch of that number holds: every clip once an epoch, in an order drawn for each epoch."""

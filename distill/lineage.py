@@ -22,7 +22,7 @@ from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 from safetensors import SafetensorError, safe_open
 
 from distill import student
-from distill.config import Config, ConfigError, DistillConfig, GateConfig
+from distill.config import SHAPES, Config, ConfigError, DistillConfig, GateConfig
 from distill.student import Card, FolderError, file_sha256
 
 LEAVES = {
@@ -45,8 +45,11 @@ GIVEN = {
 
 RUN_FILES = ("config.json", "stages.json")
 """A folder that holds them is a run's."""
+DATA = "data.json"
+"""Which prepared data set a run learns from, in place of latents of its own."""
 MATCHED = "matching.safetensors"
-WEIGHTS = "transformer/diffusion_pytorch_model.safetensors"
+EXPERTS = {"transformer": "high.", "transformer_2": "low."}
+"""What the weights of two experts are called in what a stage leaves (`distill.backbones.experts`)."""
 
 
 # --- what a run writes down -----------------------------------------------------------------------------------------
@@ -54,11 +57,13 @@ WEIGHTS = "transformer/diffusion_pytorch_model.safetensors"
 
 def inputs(config: DistillConfig, teacher_sha256: str) -> dict[str, str]:
     """A hash of all values that each stage's result depends on; `stages.json` of a run."""
-    shared = [teacher_sha256, config.seed, config.num_clips, config.precision]
+    shared: list[Any] = [teacher_sha256, config.seed, config.num_clips, config.precision]
+    if config.data != SHAPES:
+        shared.insert(0, config.data)
     stage_one = [*shared, config.shift, config.importance.sha256, config.pruning.unimportant]
     stage_two = [*stage_one, config.text_drop, config.pruning.sha256]
     stage_three = [*stage_two, config.student.sha256, config.matching.sha256, config.watched]
-    read = {"latents": shared[:3], "importance": stage_one, "pruning": stage_two, "matching": stage_three}
+    read = {"latents": shared[:-1], "importance": stage_one, "pruning": stage_two, "matching": stage_three}
     return {name: hashlib.sha256(json.dumps(values).encode()).hexdigest() for name, values in read.items()}
 
 
@@ -67,9 +72,10 @@ def stages(run: Path, config: DistillConfig, teacher_sha256: str) -> list[dict[s
     known = {"teacher": teacher_sha256}
     entries = []
     for name, hashed in inputs(config, teacher_sha256).items():
-        left = {file: file_sha256(run / file) for file in LEAVES[name]}
+        prepared = config.data != SHAPES
+        left = {file: file_sha256(run / file) for file in _leaves(name, prepared)}
         part = {"config_sha256": getattr(config, name).sha256} if name != "latents" else {}
-        given = {file: known[file] for file in GIVEN[name]}
+        given = {file: known[file] for file in _given(name, prepared)}
         entries.append(
             {"name": name, **part, "inputs_sha256": hashed, "seed": config.seed, "parent_sha256": given, "sha256": left}
         )
@@ -80,6 +86,17 @@ def stages(run: Path, config: DistillConfig, teacher_sha256: str) -> list[dict[s
 def parents(run: Path) -> dict[str, str]:
     """sha256 of what the student's folder is written from."""
     return {file: file_sha256(run / file) for file in (*RUN_FILES, MATCHED)}
+
+
+def _leaves(name: str, prepared: bool) -> tuple[str, ...]:
+    return (DATA,) if prepared and name == "latents" else LEAVES[name]
+
+
+def _given(name: str, prepared: bool) -> tuple[str, ...]:
+    """What a stage is given; latents that were prepared before the run stand as one file that says which."""
+    if not prepared:
+        return GIVEN[name]
+    return tuple(dict.fromkeys(DATA if file in LEAVES["latents"] else file for file in GIVEN[name]))
 
 
 def iterations(events: list[dict[str, Any]]) -> dict[str, int]:
@@ -319,7 +336,7 @@ def _teacher(folder: Path, card: Card, run: _Begun | None, given: Path | None) -
     _folder(link, place, of)
     link.same(f"identity of {place} ({of.name})", of.sha256, card.teacher.sha256, "student.json")
     for name in card.files:
-        if name.startswith(tuple(f"{part}/" for part in student.SHARED)):
+        if "/" in name and not name.startswith(tuple(f"{part}/" for part in student.OWN)):
             link.same(f"sha256 of {name} in {of.kind}.json", of.files.get(name), card.files[name], "student.json")
     return link, of if right else None
 
@@ -354,9 +371,10 @@ def _stages(card: Card, run: _Begun | None) -> list[Link]:
             link.unchecked.append("the card is older than hashes of what stages were given and left")
         else:
             parent, left = entry.parent_sha256 or {}, entry.sha256 or {}
-            for file in GIVEN[name]:
+            prepared = DATA in (entries["latents"].sha256 or {}) if "latents" in entries else False
+            for file in _given(name, prepared):
                 link.same(f"sha256 of {file} as given to {name}", parent.get(file), known.get(file, ""), "what left it")
-            for file in set(LEAVES[name]) - left.keys():
+            for file in set(_leaves(name, prepared)) - left.keys():
                 link.broken.append(f"student.json has no sha256 of {file}, which {name} left")
             known |= left
         if run:
@@ -412,7 +430,9 @@ def _student(folder: Path, card: Card, teacher: Card | None, run: _Begun | None)
     if run is None:
         link.unchecked.append("no run folder at hand (--run RUN): weights are not compared with stage III's")
         return link
-    _weights(link, run.folder / MATCHED, folder / WEIGHTS)
+    experts = (folder / "transformer_2").is_dir()
+    for component, prefix in EXPERTS.items() if experts else [("transformer", "")]:
+        _weights(link, run.folder / MATCHED, folder / component / student.WEIGHTS, prefix)
     if run.config:
         few, by = run.config.student, f"{run.folder / 'config.json'}"
         steps = card.call.get("num_inference_steps")
@@ -425,15 +445,16 @@ def _student(folder: Path, card: Card, teacher: Card | None, run: _Begun | None)
     return link
 
 
-def _weights(link: Link, whole: Path, half: Path) -> None:
-    """Compare the student's weights with stage III's, which are theirs in full precision."""
+def _weights(link: Link, whole: Path, half: Path, prefix: str) -> None:
+    """Compare weights of the student's with those of stage III that begin so, which are theirs in full precision."""
     if not half.is_file() or not whole.is_file():
         link.unchecked.append(f"{half} is not compared with {whole}: one of them is not there")
         return
     try:
         with safe_open(whole, "numpy") as ours, safe_open(half, "numpy") as theirs, np.errstate(over="ignore"):
-            names = sorted({*ours.keys(), *theirs.keys()})
-            apart = [name for name in names if not _cast_equals(name, ours, theirs)]
+            mine = {name.removeprefix(prefix) for name in ours.keys() if name.startswith(prefix)}
+            names = sorted({*mine, *theirs.keys()})
+            apart = [name for name in names if not _cast_equals(name, prefix, ours, theirs)]
     except (SafetensorError, TypeError) as error:
         link.broken.append(f"{half} cannot be compared with {whole}: {error}")
         return
@@ -443,11 +464,11 @@ def _weights(link: Link, whole: Path, half: Path) -> None:
         link.checked.append(f"{half} is {whole} in half precision")
 
 
-def _cast_equals(name: str, ours: Any, theirs: Any) -> bool:
-    if name not in ours.keys() or name not in theirs.keys():
+def _cast_equals(name: str, prefix: str, ours: Any, theirs: Any) -> bool:
+    if prefix + name not in ours.keys() or name not in theirs.keys():
         return False
     kept = theirs.get_tensor(name)
-    return np.array_equal(ours.get_tensor(name).astype(kept.dtype), kept, equal_nan=True)
+    return np.array_equal(ours.get_tensor(prefix + name).astype(kept.dtype), kept, equal_nan=True)
 
 
 # --- from the student to its release --------------------------------------------------------------------------------

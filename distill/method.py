@@ -27,7 +27,6 @@ from distill.config import (
     IcmdConfig,
     LcmConfig,
     MethodConfig,
-    StudentConfig,
 )
 from distill.loop import Run, remember, write_json
 from distill.recipes import RECIPES
@@ -142,19 +141,6 @@ def _of_steps(fit: FitConfig, steps: int) -> FitConfig:
 
 def _changed(recipe: DistillConfig, stage: Literal["pruning", "matching"], **values: Any) -> DistillConfig:
     return recipe.model_copy(update={stage: getattr(recipe, stage).model_copy(update=values)})
-
-
-def student_of(steps: int, shift: float) -> StudentConfig:
-    """The schedule of so many steps that visits shift_k(1 - j/n), as the scheduler has to be told it.
-
-    Its levels run from 1 to ``shift_terminal`` along a curve of its own shift; both curves are Moebius transformations
-    of j, so they are one where their poles are.
-    """
-    last = shift / steps / (1 + (shift - 1) / steps)
-    if steps == 1:  # the only level is 1, whatever is said here
-        return StudentConfig(num_inference_steps=1, shift=shift, shift_terminal=0.5)
-    pole = steps * shift / ((shift - 1) * (steps - 1))
-    return StudentConfig(num_inference_steps=steps, shift=pole / (pole - 1), shift_terminal=last)
 
 
 # --- a row's run ----------------------------------------------------------------------------------------------------

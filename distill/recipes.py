@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator, Mapping
 from difflib import get_close_matches
+from functools import partial
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from distill.config import (
+    MAX_CLIPS,
     CallConfig,
     CompareConfig,
     ConfigError,
@@ -173,6 +175,75 @@ def distill_shapes() -> DistillConfig:
     )  # fmt: skip
 
 
+def few_steps(steps: int, shift: float) -> StudentConfig:
+    """The schedule of so many steps that visits shift_k(1 - j/n), as the scheduler has to be told it.
+
+    Its levels run from 1 to ``shift_terminal`` along a curve of its own shift; both curves are Moebius transformations
+    of j, so they are one where their poles are.
+    """
+    last = shift / steps / (1 + (shift - 1) / steps)
+    if steps == 1:  # the only level is 1, whatever is said here
+        return StudentConfig(num_inference_steps=1, shift=shift, shift_terminal=0.5)
+    pole = steps * shift / ((shift - 1) * (steps - 1))
+    return StudentConfig(num_inference_steps=steps, shift=pole / (pole - 1), shift_terminal=last)
+
+
+def _real(name: str, shift: float, beta_1: tuple[float, float], **more: Any) -> DistillConfig:
+    """A recipe of the paper's for a model of its size; where each value is from: docs/method.md, "Recipes"."""
+    return DistillConfig(
+        name=f"{name}-4step",
+        preset="full",
+        seed=0,
+        teacher=f"models/{name}",
+        data=f"data/{name}",
+        num_clips=MAX_CLIPS,
+        text_drop=0.1,
+        shift=shift,
+        compile=True,
+        precision="bfloat16",
+        watched=8,
+        student=few_steps(4, shift),
+        importance=ImportanceConfig(
+            clips=8, sigmas=8, noises=1, sigma_min=0.02, sigma_max=0.98, weighting="elbo", greedy=False, rho=0.3
+        ),
+        pruning=PruningConfig(
+            unimportant=2.0, skip_probability=0.5, deployed_probability=0.25, alpha=1.0, target="self",
+            drift_limit=0.2,
+            fit=FitConfig(
+                steps=4000, batch=1, accumulate=16, optimiser="adamw", learning_rate=1e-5, warmup_steps=100,
+                betas=(0.9, 0.999), weight_decay=0.01, clip_norm=1.0, ema_decay=0.99, log_every=10,
+                checkpoint_every=100, sample_every=500,
+            ),
+        ),
+        matching=MatchingConfig(
+            scores=ScoresConfig(
+                source="full", intra_mode="extrapolate", cfg_unit="extra", beta_1=beta_1, beta_2=(0.0, 0.5),
+                alpha_weak=0.0,
+            ),
+            critic=CriticConfig(
+                kind="lora", rank=128, pruned=False, updates=5, optimiser="adamw", learning_rate=1e-5,
+                warmup_steps=10, betas=(0.0, 0.999), weight_decay=0.01, clip_norm=1.0, ema_decay=0.0,
+            ),
+            gan=GanConfig(student_weight=0.0, critic_weight=0.0),
+            limits=LimitsConfig(
+                motion=(0.5, 2.0), contrast=(0.7, 1.4), saturation=(0.7, 1.4), flicker=(0.3, 3.0), critic=2.0,
+                patience=2,
+            ),
+            rollout="renoise",
+            score_shift=shift,
+            score_min=0.02,
+            score_max=0.98,
+            fit=FitConfig(
+                steps=1000, batch=1, accumulate=16, optimiser="adamw", learning_rate=5e-7, warmup_steps=10,
+                betas=(0.0, 0.999), weight_decay=0.01, clip_norm=1.0, ema_decay=0.99, log_every=5,
+                checkpoint_every=50, sample_every=100,
+            ),
+        ),
+        gate=GateConfig(clips_from=f"data/{name}-gate"),
+        **more,
+    )  # fmt: skip
+
+
 def compare_shapes() -> CompareConfig:
     """The comparison as far as two cores go."""
     return CompareConfig(
@@ -234,7 +305,16 @@ PRESETS = {
 }  # fmt: skip
 """How much of a recipe to run: what each changes of it."""
 
-RECIPES: dict[str, Callable[[], DistillConfig]] = {"shapes": distill_shapes}
+RECIPES: dict[str, Callable[[], DistillConfig]] = {
+    "shapes": distill_shapes,
+    "wan2.1-i2v-14b": partial(_real, "wan2.1-i2v-14b", 5.0, (2.5, 4.5)),
+    "wan2.1-t2v-1.3b": partial(_real, "wan2.1-t2v-1.3b", 5.0, (2.5, 4.5)),
+    "wan2.2-ti2v-5b": partial(_real, "wan2.2-ti2v-5b", 5.0, (2.5, 4.5)),
+    "wan2.2-i2v-a14b": partial(_real, "wan2.2-i2v-a14b", 5.0, (2.5, 4.5)),
+    "hunyuanvideo-i2v": partial(_real, "hunyuanvideo-i2v", 7.0, (1.0, 3.0)),
+    "hunyuanvideo-t2v": partial(_real, "hunyuanvideo-t2v", 7.0, (1.0, 3.0)),
+}
+"""By name. `shapes` has its teacher and its data at hand; of the others the user downloads and prepares both."""
 STAGES = ("latents", "importance", "pruning", "matching", "student")
 """What `events.jsonl` calls the steps of a distillation, in order."""
 DATASETS = ("shapes",)

@@ -186,7 +186,9 @@ def _take_over(begun: Path, folder: Path, inputs: dict[str, str]) -> None:
         raise ConfigError(f"--from {begun}: there is no run; give the folder of an earlier `distill run`") from None
     taken = set()
     for name, wanted in inputs.items():
-        for output in lineage.LEAVES[name] if theirs[name] == wanted else ():
+        for output in (
+            (*lineage.LEAVES[name], *([lineage.DATA] if name == "latents" else [])) if theirs[name] == wanted else ()
+        ):
             if (begun / output).exists() and not (folder / output).exists():
                 try:
                     os.link(begun / output, folder / output)

@@ -19,13 +19,23 @@ from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 
 from distill.prompt import Prompt
 
 CARD_NAMES = ("student.json", "teacher.json")
-SHARED = ("vae", "text_encoder", "tokenizer")
-"""What a student takes from its teacher unchanged: links, not copies."""
+OWN = ("transformer", "transformer_2", "scheduler")
+"""Components that a student has of its own. All others it takes from its teacher unchanged: links, not copies."""
+WEIGHTS = "diffusion_pytorch_model.safetensors"
+LAYERS = {
+    "WanTransformer3DModel": {"num_layers": "blocks"},
+    "HunyuanVideoTransformer3DModel": {
+        "num_layers": "transformer_blocks",
+        "num_single_layers": "single_transformer_blocks",
+    },
+    "HunyuanVideo15Transformer3DModel": {"num_layers": "transformer_blocks"},
+}
+"""Of each class of transformer, what in its configuration says how many blocks there are of which list."""
 
 
 class FolderError(ValueError):
@@ -142,7 +152,7 @@ def read_card(folder: Path) -> Card:
             f"{folder / name} has sha256 {got[:12]}..., and {path.name} says {card.files[name][:12]}...: "
             "it was changed after the folder was written; copy the whole folder again"
         )
-    _check_num_layers(folder)
+    check_layers(folder)
     return card
 
 
@@ -177,17 +187,61 @@ def unlisted(folder: Path, card: Card) -> list[str]:
     return [name for path in _files(folder) if (name := str(path.relative_to(folder))) not in card.files]
 
 
-def _check_num_layers(folder: Path) -> None:
-    """diffusers fills blocks that have no weights with random ones and only warns: refuse that here."""
-    configured = json.loads((folder / "transformer" / "config.json").read_text())["num_layers"]
-    weights = folder / "transformer" / "diffusion_pytorch_model.safetensors"
-    with safe_open(weights, framework="numpy") as tensors:
-        found = {int(name.split(".")[1]) for name in tensors.keys() if name.startswith("blocks.")}
-    if found != set(range(configured)):
-        raise FolderError(
-            f"{folder / 'transformer/config.json'} says num_layers {configured}, and {weights.name} holds blocks "
-            f"{sorted(found)}: the configuration is not the one that these weights were saved with"
-        )
+def components(folder: Path) -> dict[str, str]:
+    """Parts of a pipeline folder with the class of each, by `model_index.json`; what it has none of is left out.
+
+    Raises:
+        FolderError: there is no such file, or it cannot be read.
+    """
+    path = folder / "model_index.json"
+    try:
+        index = json.loads(path.read_text())
+        parts = {name: value[1] for name, value in index.items() if isinstance(value, list)}
+    except (OSError, ValueError, IndexError) as error:
+        raise FolderError(f"{path} cannot be read ({error}); a diffusers pipeline folder has one") from None
+    return {name: kind for name, kind in parts.items() if kind is not None}
+
+
+def shapes_of(component: Path) -> dict[str, tuple[int, ...]]:
+    """Shape of every weight of a diffusers model, by name, from the files' headers.
+
+    Raises:
+        FolderError: a file is missing or no safetensors.
+    """
+    index = component / f"{WEIGHTS}.index.json"
+    files = sorted(set(json.loads(index.read_text())["weight_map"].values())) if index.exists() else [WEIGHTS]
+    found: dict[str, tuple[int, ...]] = {}
+    for file in files:
+        try:
+            with safe_open(component / file, framework="numpy") as tensors:
+                found |= {name: tuple(tensors.get_slice(name).get_shape()) for name in tensors.keys()}
+        except (OSError, SafetensorError) as error:
+            raise FolderError(f"{component / file} cannot be read: {error}") from None
+    return found
+
+
+def check_layers(folder: Path) -> None:
+    """diffusers fills blocks that have no weights with random ones and only warns: refuse that here.
+
+    Raises:
+        FolderError: a configuration and the weights beside it do not fit, or the class is not known.
+    """
+    for component in OWN:
+        path = folder / component / "config.json"
+        if not path.exists():
+            continue
+        config = json.loads(path.read_text())
+        lists = LAYERS.get(config["_class_name"])
+        if lists is None:
+            raise FolderError(f"{path} is of class {config['_class_name']}; known are {', '.join(LAYERS)}")
+        names = shapes_of(path.parent)
+        for setting, blocks in lists.items():
+            found = {int(name.split(".")[1]) for name in names if name.startswith(f"{blocks}.")}
+            if found != set(range(config[setting])):
+                raise FolderError(
+                    f"{path} says {setting} {config[setting]}, and the weights beside it hold {blocks} "
+                    f"{sorted(found)}: the configuration is not the one that these weights were saved with"
+                )
 
 
 def load_pipeline(folder: Path, device: Any) -> Any:
@@ -196,8 +250,9 @@ def load_pipeline(folder: Path, device: Any) -> Any:
     from diffusers import DiffusionPipeline
 
     pipe = DiffusionPipeline.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
-    for part in (pipe.transformer, pipe.text_encoder, pipe.vae):
-        part.eval().requires_grad_(False)
+    for part in pipe.components.values():
+        if isinstance(part, torch.nn.Module):
+            part.eval().requires_grad_(False)
     return pipe.to(device)
 
 
@@ -206,14 +261,14 @@ def write_student(out: Path, teacher: Path, card: Card, save_parts: Callable[[Pa
 
     Args:
         out: must not exist, or is replaced.
-        teacher: the folder whose ``SHARED`` parts are linked, relatively, so both can move together.
+        teacher: the folder whose parts, but for ``OWN``, are linked, relatively, so both can move together.
         save_parts: writes `transformer/`, `scheduler/` and `model_index.json` into the folder it is given.
     """
     aside = out.with_name(out.name + ".tmp")
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir(parents=True)
     save_parts(aside)
-    for part in SHARED:
+    for part in components(teacher).keys() - set(OWN):
         # What the teacher itself took from another is linked there.
         (aside / part).symlink_to(os.path.relpath((teacher / part).resolve(), out.resolve()))
     # A link is read from where the folder will stand; beside it stands the one that is written.
@@ -237,7 +292,7 @@ def publish(folder: Path, out: Path, teacher: Path) -> Card:
         )
 
     def save_parts(aside: Path) -> None:
-        for part in ("transformer", "scheduler"):
+        for part in components(folder).keys() & set(OWN):
             shutil.copytree(folder / part, aside / part)
         shutil.copy(folder / "model_index.json", aside / "model_index.json")
         if (out / "README.md").exists():  # its model card, which only a person writes

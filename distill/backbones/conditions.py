@@ -26,6 +26,14 @@ def repeated(conditions: Conditions, count: int) -> Conditions:
     return {name: value.expand(count, *value.shape[1:]) for name, value in conditions.items()}
 
 
+def chosen(first_B: Tensor, first: Conditions, second: Conditions) -> Conditions:
+    """Clip by clip those of ``first`` where ``first_B`` is true, else those of ``second``."""
+    return {
+        name: torch.where(first_B.view(-1, *[1] * (value.ndim - 1)), first[name], value)
+        for name, value in second.items()
+    }
+
+
 def moved(conditions: Conditions, device: torch.device, dtype: torch.dtype = torch.float32) -> Conditions:
     """To another device; what is not counted or masked also to this type."""
     return {

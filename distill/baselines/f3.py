@@ -42,7 +42,7 @@ def passes(config: MethodConfig, blocks: int) -> Passes:
 @torch.no_grad()
 def masses(run: Run, given: Given, transformer: Any, config: F3Config) -> list[float]:
     """m_l of each block, on held-out clips. 1 is attention that does not tell frames apart."""
-    batch = given.batch(given.dev, torch.arange(config.clips))
+    batch = given.batch(given.dev, given.held_out(config.clips, "clips"))
     frames = batch.x0_BCTHW.shape[2]
     position_S = (torch.arange(config.sigmas) + 0.5) / config.sigmas
     generator = run.generator("f3", 0)

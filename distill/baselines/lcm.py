@@ -53,7 +53,7 @@ def train(run: Run, given: Given, start: Start, config: MethodConfig) -> Made:
 
     def loss(number: int, generator: torch.Generator) -> tuple[Tensor, dict[str, float]]:
         batch = given.batch(given.train, given.train.rows(run, number, own.fit.batch))
-        place_B = torch.randint(1, own.solver_steps + 1, (len(batch.x0_BCTHW),), generator=generator)
+        place_B = torch.randint(1, own.solver_steps + 1, (len(batch),), generator=generator)
         return consistency(given, student, target, batch, batch.noise(generator), place_B, own), {}
 
     fit(run, "lcm", student, loss, own.fit, lambda path: start.watched.look(student, path), shadow=target)

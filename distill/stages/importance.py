@@ -116,8 +116,8 @@ def _errors(run: Run, given: Given, config: ImportanceConfig, masks: list[tuple[
     sigma_S = schedule.shift(position_S, given.config.shift).clamp(config.sigma_min, config.sigma_max)
     sigma_S = sigma_S.repeat(config.noises)
     errors_MKS = torch.empty(len(masks), clips, len(sigma_S))
-    for first in range(0, clips, CHUNK):
-        rows = torch.arange(first, min(first + CHUNK, clips))
+    for rows in given.held_out(clips, "importance.clips").split(CHUNK):
+        first = int(rows[0])
         batch = given.batch(given.dev, rows)
         for level, sigma in enumerate(sigma_S.tolist()):
             run.check_stop()

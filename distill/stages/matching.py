@@ -94,9 +94,10 @@ def run(
             real_v = scores.real(x_BCTHW, sigma_B, batch, beta_1_B, beta_2_B)
             fake_v = scores.fake(x_BCTHW, sigma_B, batch)
         real, fake = (losses.clean(x_BCTHW, sigma_B, v) for v in (real_v, fake_v))
-        made, real, fake, x0 = batch.made(y_BCTHW, real, fake, batch.x0_BCTHW)
+        made, real, fake = batch.made(y_BCTHW, real, fake)
         gradient = losses.matching_gradient(made.detach(), real, fake)
         if config.truth_weight > 0:
+            (x0,) = batch.made(batch.x0_BCTHW)
             gradient = gradient + config.truth_weight * losses.matching_gradient(made.detach(), x0, fake)
         value = losses.distribution_matching(made, gradient)
         values = {
@@ -174,7 +175,7 @@ class Rollout:
         return self._clean(x_BCTHW, stop, batch)
 
     def _level(self, step: int, batch: Batch) -> Tensor:
-        return torch.full((len(batch.x0_BCTHW),), self._sigmas[step], device=batch.x0_BCTHW.device)
+        return torch.full((len(batch),), self._sigmas[step], device=batch.device)
 
     def _clean(self, x_BCTHW: Tensor, step: int, batch: Batch) -> Tensor:
         sigma_B = self._level(step, batch)

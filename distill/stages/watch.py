@@ -31,10 +31,15 @@ class Watch:
         self._scheduler = scheduler
         self._call = given.few_steps_call if call is None else call
         clips = given.config.watched
-        self._prompts = given.dev.captions[:clips]
-        latents = given.dev.x0_NCTHW[:clips].float().to(given.device)
+        self._batches = [
+            given.batch(given.dev, rows_B) for rows_B in torch.arange(min(clips, len(given.dev))).split(CHUNK)
+        ]
         decode = given.backbone.decode_latents
-        self._drawn = torch.cat([decode(given.pipe.vae, part).cpu() for part in latents.split(CHUNK)])
+        self._drawn = [
+            decode(given.pipe.vae, batch.latents_BCTHW).cpu()
+            for batch in self._batches
+            if batch.latents_BCTHW is not None
+        ]
         self._noise = sampler.draw_noise(given.backbone, given.pipe, range(clips), given.card.call)
 
     @cached_property
@@ -48,18 +53,20 @@ class Watch:
         student = self._given.backbone.with_parts(self._given.pipe, transformer, self._scheduler)
         made, teachers = self._make(student, self._call), self.teachers
         shown = slice(0, 8)
-        report.contact_sheet(sheet, [self._drawn[shown], teachers[shown], made[shown]])
+        drawn = [torch.cat(self._drawn)[shown]] if self._drawn else []
+        report.contact_sheet(sheet, [*drawn, teachers[shown], made[shown]])
         return compare(made, teachers)
 
     def _make(self, pipe: Any, call: dict[str, Any], between: Callable[[], None] = lambda: None) -> Tensor:
         precision = torch.bfloat16 if self._given.config.precision == "bfloat16" else torch.float32
-        made = []
-        for first in range(0, len(self._prompts), CHUNK):
+        backbone, made = self._given.backbone, []
+        for number, batch in enumerate(self._batches):
             between()
-            part = slice(first, first + CHUNK)
-            first_BCHW, noise_BCTHW = self._drawn[part, :, 0], self._noise[part]
-            of = (self._given.backbone, pipe)
-            made.append(sampler.sample(*of, first_BCHW, self._prompts[part], call, noise_BCTHW, precision).cpu())
+            noise_BCTHW = self._noise[number * CHUNK :][: len(batch)]
+            given = sampler.Given(batch.image, batch.text, batch.empty)
+            x_BCTHW = sampler.denoise(backbone, pipe, given, call, noise_BCTHW, precision)
+            with torch.no_grad():
+                made.append(backbone.decode_latents(pipe.vae, x_BCTHW).cpu())
         return torch.cat(made)
 
 

@@ -14,7 +14,7 @@ from diffusers.models.transformers.transformer_wan import WanTransformerBlock
 from safetensors.torch import load_file
 from torch import nn
 
-from distill import loop, losses, method, schedule, scores, student
+from distill import loop, losses, method, recipes, schedule, scores, student
 from distill import run as run_module
 from distill.backbones import wan
 from distill.baselines import base, dmd2, f3, fastlightgen, icmd, lcm, magic
@@ -332,7 +332,7 @@ def test_what_attends_least_across_frames_goes(recipe):
 
 @pytest.mark.parametrize("steps", [1, 2, 3, 4, 8])
 def test_students_of_any_number_of_steps_visit_the_shifted_levels(steps):
-    few = method.student_of(steps, 5.0)
+    few = recipes.few_steps(steps, 5.0)
     scheduler = schedule.few_step_scheduler(few.shift, few.shift_terminal, steps)
     wanted = schedule.shift(1 - torch.arange(steps) / steps, 5.0).tolist()
     assert schedule.visited(scheduler, steps) == pytest.approx(wanted, abs=2e-3)
@@ -340,7 +340,7 @@ def test_students_of_any_number_of_steps_visit_the_shifted_levels(steps):
 
 
 def test_the_student_of_four_steps_is_the_recipe_s(recipe):
-    few = method.student_of(4, 5.0)
+    few = recipes.few_steps(4, 5.0)
     assert (few.shift, few.shift_terminal) == pytest.approx((recipe.student.shift, recipe.student.shift_terminal))
 
 
@@ -372,7 +372,7 @@ def counted(monkeypatch):
 
 def of_one_step(recipe):
     """Its rollout stops nowhere else, so that the mean is what is counted."""
-    return recipe.model_copy(update={"student": method.student_of(1, 5.0)})
+    return recipe.model_copy(update={"student": recipes.few_steps(1, 5.0)})
 
 
 @pytest.mark.parametrize(

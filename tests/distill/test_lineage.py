@@ -59,7 +59,7 @@ def made(tiny_teacher: Path, tiny_run: Path, tmp_path_factory: pytest.TempPathFa
     world = World(tmp_path_factory.mktemp("world"))
     shutil.copytree(tiny_teacher, world.teacher)
     shutil.copytree(tiny_run, world.run, symlinks=True)
-    for part in student.SHARED:
+    for part in ("vae", "text_encoder", "tokenizer"):
         (world.student / part).unlink()
         (world.student / part).symlink_to(f"../../teacher/{part}")
     card = student.read_card(world.student)
@@ -182,7 +182,7 @@ def flip_a_byte(path: Path) -> None:
 
 
 def flip_a_weight_and_rewrite_the_card(world: World) -> None:
-    path = world.student / lineage.WEIGHTS
+    path = world.student / "transformer" / student.WEIGHTS
     tensors = load_file(path)
     name = sorted(tensors)[0]
     tensors[name] = tensors[name] + np.float16(0.25)
@@ -231,7 +231,7 @@ def pass_the_gate(world: World) -> None:
 TAMPERED: dict[str, tuple[Callable[[World], Any], str, str]] = {
     # what is done -> (how, the link that is broken first, what is said)
     "a weight's byte": (
-        lambda w: flip_a_byte(w.student / lineage.WEIGHTS), "student", r"transformer/diffusion_.* is \w{64}, .* \w{64}",
+        lambda w: flip_a_byte(w.student / "transformer" / student.WEIGHTS), "student", r"transformer/diffusion_.* is \w{64}, .* \w{64}",
     ),
     "a weight, and the card fits it": (
         flip_a_weight_and_rewrite_the_card, "student", r"1 of \d+ tensors are not those of .*/matching.safetensors",
@@ -348,7 +348,7 @@ def test_another_teacher_in_its_place_is_found(world, capsys):
     before = student.read_card(world.teacher).sha256
     shutil.rmtree(world.teacher)
     tiny.make_teacher(world.teacher)
-    flip_a_byte(world.teacher / lineage.WEIGHTS)
+    flip_a_byte(world.teacher / "transformer" / student.WEIGHTS)
     card = student.parse_card(world.teacher / "teacher.json")
     after = student.write_card(world.teacher, card).sha256
     code, links = told(capsys, world.command(teacher=world.teacher))

@@ -197,7 +197,7 @@ def test_a_num_layers_that_does_not_fit_is_refused(copy):
     config = copy / "transformer" / "config.json"
     config.write_text(config.read_text().replace('"num_layers": 2', '"num_layers": 3'))
     student.write_card(copy, card)  # the hashes are right again
-    with pytest.raises(student.FolderError, match=r"says num_layers 3, and .* holds blocks \[0, 1\]"):
+    with pytest.raises(student.FolderError, match=r"says num_layers 3, and .* hold blocks \[0, 1\]"):
         student.read_card(copy)
 
 
@@ -206,7 +206,7 @@ def test_missing_weights_of_a_block_are_refused(copy):
     path = copy / "transformer" / "diffusion_pytorch_model.safetensors"
     save_file({n: t for n, t in load_file(path).items() if not n.startswith("blocks.1.")}, path)
     student.write_card(copy, card)
-    with pytest.raises(student.FolderError, match=r"holds blocks \[0\]"):
+    with pytest.raises(student.FolderError, match=r"hold blocks \[0\]"):
         student.read_card(copy)
 
 
