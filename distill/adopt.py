@@ -14,6 +14,7 @@ from typing import Any
 import diffusers
 
 from distill import schedule, student
+from distill.backbones import base
 from distill.config import AdoptConfig
 from distill.prompt import Prompt
 from distill.student import Card, FolderError
@@ -47,6 +48,7 @@ def adopt(folder: Path, config: AdoptConfig) -> Card:
     student.check_layers(folder)
     backbone = _backbone(folder, kind, index)
     call = _call(kind, config)
+    scheduler = getattr(diffusers, parts["scheduler"]).from_pretrained(folder / "scheduler")
     card = Card(
         kind="teacher",
         name=config.name or folder.resolve().name,
@@ -55,7 +57,7 @@ def adopt(folder: Path, config: AdoptConfig) -> Card:
         task=_KNOWN[kind],
         parameters={name: _parameters(folder / name) for name in ("transformer", "transformer_2") if name in parts},
         call=call,
-        sigmas=schedule.visited(_scheduler(folder, parts["scheduler"]), call["num_inference_steps"]),
+        sigmas=schedule.visited(base.BACKBONES[backbone], scheduler, call["num_inference_steps"]),
         prompt=Prompt(kind="free", help=config.help, examples=config.examples),
         video=student.Video(
             width=call["width"], height=call["height"], num_frames=call["num_frames"], fps=config.fps
@@ -136,10 +138,6 @@ def _call(kind: str, config: AdoptConfig) -> dict[str, Any]:
     if missing := [name for name, value in call.items() if value is None]:
         raise FolderError(f"{kind} has no default of its own for {' and '.join(missing)}; give it")
     return call
-
-
-def _scheduler(folder: Path, kind: str) -> Any:
-    return getattr(diffusers, kind).from_pretrained(folder / "scheduler")
 
 
 def _config(folder: Path, component: str) -> dict[str, Any]:

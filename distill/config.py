@@ -304,7 +304,9 @@ class StudentConfig(Config):
 
     num_inference_steps: int = Field(ge=1)
     shift: float = Field(gt=0)
-    shift_terminal: float = Field(gt=0, lt=1, description="the last noise level before 0; of one step it is 1")
+    shift_terminal: float | None = Field(
+        gt=0, lt=1, description="the last noise level before 0; of one step it is 1; None: as the shift has it"
+    )
 
 
 class GroundTruthLimits(Config):

@@ -431,6 +431,6 @@ def store_best(folder: Path, results: list[Result]) -> Setting:
     card = student.read_card(folder)
     scheduler = FlowMatchEulerDiscreteScheduler.from_pretrained(folder / "scheduler")
     call = {**card.call, "num_inference_steps": best.num_inference_steps, "guidance_scale": best.guidance_scale}
-    sigmas = schedule.visited(scheduler, best.num_inference_steps)
+    sigmas = schedule.visited(backbones.load(card.backbone, card.task), scheduler, best.num_inference_steps)
     student.write_card(folder, card.model_copy(update={"call": call, "sigmas": sigmas}))
     return best

@@ -31,6 +31,7 @@ from PIL import Image
 from torch import Tensor
 
 from distill import evaluate, metrics, reference, report, schedule, student
+from distill.backbones import base as backbones
 from distill.config import ConfigError, GateConfig, GroundTruthLimits, ReferenceLimits
 from distill.data import shapes
 from distill.reference import Looks
@@ -225,7 +226,7 @@ def _check_cards(cards: dict[str, Card]) -> None:
 
 def _check_schedule(folder: Path, card: Card, scheduler: Any) -> None:
     """A student is trained for its noise levels alone; with others its clips are only a little worse to look at."""
-    visited = schedule.visited(scheduler, card.call["num_inference_steps"])
+    visited = schedule.visited(backbones.load(card.backbone, card.task), scheduler, card.call["num_inference_steps"])
     if len(visited) != len(card.sigmas) or not np.allclose(visited, card.sigmas, atol=1e-4):
         raise FolderError(
             f"{folder / 'scheduler'} visits the noise levels {visited}, and {card.kind}.json says {card.sigmas}: "

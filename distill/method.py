@@ -230,7 +230,7 @@ def _neutral(recipe: DistillConfig, name: str) -> DistillConfig:
 
 def _start(run: Run, given: Given, config: MethodConfig) -> Start:
     recipe, few = config.recipe, config.recipe.student
-    scheduler = schedule.few_step_scheduler(few.shift, few.shift_terminal, few.num_inference_steps)
+    scheduler = schedule.few_step_scheduler(given.backbone, few)
     whole: Any = base.copy_of(given, given.teacher)
     pruned: list[int] = []
     if config.weights == "pruned":

@@ -202,7 +202,7 @@ def _real(name: str, shift: float, beta_1: tuple[float, float], **more: Any) -> 
         compile=True,
         precision="bfloat16",
         watched=8,
-        student=few_steps(4, shift),
+        student=more.pop("student", few_steps(4, shift)),
         importance=ImportanceConfig(
             clips=8, sigmas=8, noises=1, sigma_min=0.02, sigma_max=0.98, weighting="elbo", greedy=False, rho=0.3
         ),
@@ -305,14 +305,17 @@ PRESETS = {
 }  # fmt: skip
 """How much of a recipe to run: what each changes of it."""
 
+_HUNYUAN_STEPS = StudentConfig(num_inference_steps=4, shift=7.0, shift_terminal=None)
+"""Its pipelines hand the scheduler 1 - j/n, which the shift alone moves."""
+
 RECIPES: dict[str, Callable[[], DistillConfig]] = {
     "shapes": distill_shapes,
     "wan2.1-i2v-14b": partial(_real, "wan2.1-i2v-14b", 5.0, (2.5, 4.5)),
     "wan2.1-t2v-1.3b": partial(_real, "wan2.1-t2v-1.3b", 5.0, (2.5, 4.5)),
     "wan2.2-ti2v-5b": partial(_real, "wan2.2-ti2v-5b", 5.0, (2.5, 4.5)),
     "wan2.2-i2v-a14b": partial(_real, "wan2.2-i2v-a14b", 5.0, (2.5, 4.5)),
-    "hunyuanvideo-i2v": partial(_real, "hunyuanvideo-i2v", 7.0, (1.0, 3.0)),
-    "hunyuanvideo-t2v": partial(_real, "hunyuanvideo-t2v", 7.0, (1.0, 3.0)),
+    "hunyuanvideo-i2v": partial(_real, "hunyuanvideo-i2v", 7.0, (1.0, 3.0), student=_HUNYUAN_STEPS),
+    "hunyuanvideo-t2v": partial(_real, "hunyuanvideo-t2v", 7.0, (1.0, 3.0), student=_HUNYUAN_STEPS),
 }
 """By name. `shapes` has its teacher and its data at hand; of the others the user downloads and prepares both."""
 STAGES = ("latents", "importance", "pruning", "matching", "student")

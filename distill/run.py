@@ -43,8 +43,7 @@ def distil(folder: Path, config: DistillConfig, begun: Path | None = None) -> Pa
     """
     out = folder / "student"
     with opened(folder, config, begun) as (run, given):
-        few = config.student
-        scheduler = schedule.few_step_scheduler(few.shift, few.shift_terminal, few.num_inference_steps)
+        scheduler = schedule.few_step_scheduler(given.backbone, config.student)
         found = importance.run(run, given, config.importance, config.pruning.unimportant)
         whole = pruning.run(run, given, found, config.pruning)
         watched = watch.Watch(run, given, scheduler)
@@ -130,11 +129,15 @@ def write_student(
     ]
 
     def save_parts(aside: Path) -> None:
-        given.backbone.with_parts(given.pipe, transformer, scheduler).save_config(aside)
-        for component, model in given.backbone.networks(transformer).items():
+        made = given.backbone.with_parts(given.pipe, transformer, scheduler, call)
+        made.save_config(aside)
+        networks = given.backbone.networks(transformer)
+        for component, model in networks.items():
             model.half().save_pretrained(aside / component)
             model.float()
-        scheduler.save_pretrained(aside / "scheduler")
+        for component in made.components.keys() & set(student.OWN) - networks.keys():
+            if (part := getattr(made, component)) is not None:
+                part.save_pretrained(aside / component)
 
     return student.write_student(
         out,
@@ -146,7 +149,7 @@ def write_student(
             task=of.task,
             parameters={**of.parameters, "transformer": sum(p.numel() for p in transformer.parameters())},
             call=call,
-            sigmas=schedule.visited(scheduler, call["num_inference_steps"]),
+            sigmas=schedule.visited(given.backbone, scheduler, call["num_inference_steps"]),
             prompt=of.prompt,
             video=of.video,
             stages=(*of.stages, *stages),

@@ -85,11 +85,11 @@ def denoise(
     """Latents ``[B, C, T, H, W]`` from noise and ``encode``'s conditions."""
     network = backbone.network(pipe)
     device, count = network.device, len(noise_BCTHW)
-    pipe.scheduler.set_timesteps(call["num_inference_steps"])
+    backbone.set_steps(pipe.scheduler, call["num_inference_steps"])
     if given.negative is not None:
         text = conditions.joined([given.text, given.negative])
         image = conditions.joined([given.image, given.image])
-    x_BCTHW = noise_BCTHW.to(device)
+    x_BCTHW = backbone.starting(noise_BCTHW.to(device), given.image)
     for sigma, after in pairwise(pipe.scheduler.sigmas.tolist()):
         scale = backbone.guidance_at(network, call, sigma)
         guided = given.negative is not None and scale > 1

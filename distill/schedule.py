@@ -8,6 +8,9 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 from torch import Tensor
 
+from distill.backbones.base import Backbone
+from distill.config import StudentConfig
+
 
 def shift(sigma: Tensor, factor: float) -> Tensor:
     """Move noise levels in [0, 1] towards 1: k s / (1 + (k - 1) s) (Esser et al. 2024, equation 23). Any shape."""
@@ -23,20 +26,20 @@ def sample_sigmas(count: int, factor: float, generator: torch.Generator) -> Tens
     return shift(position_B / count, factor)
 
 
-def visited(scheduler: Any, num_inference_steps: int) -> tuple[float, ...]:
+def visited(backbone: Backbone, scheduler: Any, num_inference_steps: int) -> tuple[float, ...]:
     """Noise levels that a stock scheduler visits in so many steps, the final 0 left out; sets it to them."""
-    scheduler.set_timesteps(num_inference_steps)
+    backbone.set_steps(scheduler, num_inference_steps)
     return tuple(round(sigma, 6) for sigma in scheduler.sigmas[:-1].tolist())
 
 
-def few_step_scheduler(shift: float, shift_terminal: float, num_steps: int) -> FlowMatchEulerDiscreteScheduler:
+def few_step_scheduler(backbone: Backbone, few: StudentConfig) -> FlowMatchEulerDiscreteScheduler:
     """The student's scheduler, set to its steps: Euler, the last noise level before 0 is ``shift_terminal``.
 
     The Wan pipelines take no list of noise levels, so the schedule has to live in the scheduler that is saved. Four
     steps of (2.5, .625) visit 1, .937, .833, .625: the levels that 1000/750/500/250 have under shift 5.
     """
     # The one step of a single one is both the first level and the last.
-    terminal = shift_terminal if num_steps > 1 else None
-    scheduler = FlowMatchEulerDiscreteScheduler(shift=shift, shift_terminal=terminal)
-    scheduler.set_timesteps(num_steps)
+    terminal = few.shift_terminal if few.num_inference_steps > 1 else None
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=few.shift, shift_terminal=terminal)
+    backbone.set_steps(scheduler, few.num_inference_steps)
     return scheduler

@@ -24,7 +24,7 @@ from safetensors import SafetensorError, safe_open
 from distill.prompt import Prompt
 
 CARD_NAMES = ("student.json", "teacher.json")
-OWN = ("transformer", "transformer_2", "scheduler")
+OWN = ("transformer", "transformer_2", "scheduler", "guider")
 """Components that a student has of its own. All others it takes from its teacher unchanged: links, not copies."""
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 LAYERS = {

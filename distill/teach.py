@@ -244,7 +244,7 @@ def save(out: Path, vae: AutoencoderKLWan, networks: Networks, config: TeachConf
         task="ti2v",
         parameters=counts,
         call=make_call(config),
-        sigmas=schedule.visited(scheduler, config.call.num_inference_steps),
+        sigmas=schedule.visited(wan, scheduler, config.call.num_inference_steps),
         prompt=shapes_prompt(),
         video=student.Video(width=shapes.SIZE, height=shapes.SIZE, num_frames=shapes.NUM_FRAMES, fps=shapes.FPS),
         stages=tuple(_stages(config)),

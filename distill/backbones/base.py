@@ -83,6 +83,18 @@ class Backbone(Protocol):
     def calling(self, call: Call, num_inference_steps: int, guidance_scale: float) -> Call:
         """The stock call with another number of steps and scale of classifier-free guidance (1: none)."""
 
+    def arguments(self, call: Call) -> Call:
+        """What of a card's call the stock pipeline takes as keywords: some say a part of it elsewhere."""
+
+    def text_inputs(self, text: Conditions, negative: Conditions | None) -> Call:
+        """Keyword arguments of the stock pipeline that stand for a prompt, and for the negative one."""
+
+    def set_steps(self, scheduler: Any, num_inference_steps: int) -> None:
+        """As the stock pipeline sets its scheduler; what levels one visits differs between pipelines."""
+
+    def starting(self, noise_BCTHW: Tensor, image: Conditions) -> Tensor:
+        """What the stock pipeline begins with, of the noise it draws."""
+
     def predict_velocity(
         self, transformer: Any, x_BCTHW: Tensor, sigma_B: Tensor, image: Conditions, text: Conditions
     ) -> Tensor:
@@ -135,17 +147,18 @@ class Backbone(Protocol):
 
     # --- folders ---
 
-    def with_parts(self, pipe: Any, transformer: Any, scheduler: Any) -> Any:
-        """The stock pipeline of ``pipe``'s other parts with this network and scheduler."""
+    def with_parts(self, pipe: Any, transformer: Any, scheduler: Any, call: Call | None = None) -> Any:
+        """The stock pipeline of ``pipe``'s other parts with this network and scheduler, and of guidance as ``call``
+        says, where that is a part of the pipeline."""
 
     def networks(self, transformer: Any) -> dict[str, Any]:
         """The network's models by the pipeline's components that they are: ``transformer``, and of two experts the
         other one's too."""
 
 
-def _varied(base: ModuleType, own: ModuleType) -> Backbone:
-    """What ``own`` holds, and of ``base`` what it does not."""
-    return cast(Backbone, SimpleNamespace(**{**vars(base), **vars(own)}))
+def _varied(*modules: ModuleType) -> Backbone:
+    """What the modules hold, a later one in place of an earlier one's."""
+    return cast(Backbone, SimpleNamespace(**{name: of for module in modules for name, of in vars(module).items()}))
 
 
 BACKBONES: dict[str, Backbone] = {

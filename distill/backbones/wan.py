@@ -150,6 +150,30 @@ def calling(call: Mapping[str, Any], num_inference_steps: int, guidance_scale: f
     return {**call, "num_inference_steps": num_inference_steps, "guidance_scale": guidance_scale, **second}
 
 
+def arguments(call: Mapping[str, Any]) -> dict[str, Any]:
+    """All of it."""
+    return dict(call)
+
+
+def text_inputs(text: Conditions, negative: Conditions | None) -> dict[str, Any]:
+    """The embeddings."""
+    return {
+        "prompt_embeds": text["text"],
+        "negative_prompt": None,  # or it would be encoded beside its embeddings
+        "negative_prompt_embeds": None if negative is None else negative["text"],
+    }
+
+
+def set_steps(scheduler: Any, num_inference_steps: int) -> None:
+    """The scheduler says which levels."""
+    scheduler.set_timesteps(num_inference_steps)
+
+
+def starting(noise_BCTHW: Tensor, image: Conditions) -> Tensor:
+    """The noise."""
+    return noise_BCTHW
+
+
 def predict_velocity(transformer: Any, x_BCTHW: Tensor, sigma_B: Tensor, image: Conditions, text: Conditions) -> Tensor:
     """Predicted velocity (noise - x_0) of every latent frame; what stands at the first one has no meaning.
 
@@ -172,7 +196,7 @@ def predict_velocity(transformer: Any, x_BCTHW: Tensor, sigma_B: Tensor, image: 
     return output[0]
 
 
-def with_parts(pipe: Any, transformer: Any, scheduler: Any) -> Any:
+def with_parts(pipe: Any, transformer: Any, scheduler: Any, call: Mapping[str, Any] | None = None) -> Any:
     """The stock pipeline of another one's text encoder and autoencoder with this network and scheduler."""
     parts = {**pipe.components, "scheduler": scheduler, "transformer_2": None, **networks(transformer)}
     boundary = transformer.boundary if isinstance(transformer, experts.Experts) else None

@@ -164,6 +164,7 @@ class Rollout:
         x_BCTHW = batch.noise(generator)
         if self._kind == "data":
             return self._clean(noised(batch.x0_BCTHW, x_BCTHW, self._level(stop, batch)), stop, batch)
+        x_BCTHW = self._given.backbone.starting(x_BCTHW, batch.image)
         for step in range(stop):
             with torch.no_grad():
                 x0_BCTHW = self._clean(x_BCTHW, step, batch)

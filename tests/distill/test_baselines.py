@@ -48,7 +48,7 @@ class Unwatched:
 
 def start_of(given, pruned=()):
     few = given.config.student
-    scheduler = schedule.few_step_scheduler(few.shift, few.shift_terminal, few.num_inference_steps)
+    scheduler = schedule.few_step_scheduler(wan, few)
     return base.Start(base.copy_of(given, given.teacher), tuple(pruned), scheduler, Unwatched())
 
 
@@ -333,9 +333,9 @@ def test_what_attends_least_across_frames_goes(recipe):
 @pytest.mark.parametrize("steps", [1, 2, 3, 4, 8])
 def test_students_of_any_number_of_steps_visit_the_shifted_levels(steps):
     few = recipes.few_steps(steps, 5.0)
-    scheduler = schedule.few_step_scheduler(few.shift, few.shift_terminal, steps)
+    scheduler = schedule.few_step_scheduler(wan, few)
     wanted = schedule.shift(1 - torch.arange(steps) / steps, 5.0).tolist()
-    assert schedule.visited(scheduler, steps) == pytest.approx(wanted, abs=2e-3)
+    assert schedule.visited(wan, scheduler, steps) == pytest.approx(wanted, abs=2e-3)
     assert scheduler.sigmas[-1] == 0
 
 

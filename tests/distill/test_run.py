@@ -115,7 +115,7 @@ def test_the_student_is_a_stock_pipeline_with_fewer_blocks_and_four_steps(tiny_r
 
 def test_trainer_scheduler_and_sampler_have_one_list_of_noise_levels(tiny_run, given):
     few = given.config.student
-    scheduler = schedule.few_step_scheduler(few.shift, few.shift_terminal, few.num_inference_steps)
+    scheduler = schedule.few_step_scheduler(wan, few)
     trained = tuple(scheduler.sigmas.tolist())
     card = student.read_card(tiny_run / "student")
     stock = DiffusionPipeline.from_pretrained(tiny_run / "student", dtype=torch.float32, local_files_only=True)

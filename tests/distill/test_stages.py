@@ -13,7 +13,7 @@ from torch import nn
 
 from distill import losses, schedule
 from distill.backbones import wan
-from distill.config import ConfigError
+from distill.config import ConfigError, StudentConfig
 from distill.loop import Run
 from distill.stages import importance, matching, pruning, watch
 from distill.stages.given import noised
@@ -41,7 +41,7 @@ def found(pruned: list[int], unimportant: list[int]) -> importance.Importance:
 
 def few_step_scheduler(given):
     few = given.config.student
-    return schedule.few_step_scheduler(few.shift, few.shift_terminal, few.num_inference_steps)
+    return schedule.few_step_scheduler(given.backbone, few)
 
 
 def few_steps(given) -> tuple[float, ...]:
@@ -402,8 +402,9 @@ def test_euler_rollout_is_the_deployed_sampler(given, batch):
 
 
 def test_the_scheduler_visits_the_levels_of_the_paper_s_lineage():
-    scheduler = schedule.few_step_scheduler(2.5, 0.625, 4)
-    assert schedule.visited(scheduler, 4) == pytest.approx((1.0, 0.9375, 0.8333, 0.625), abs=4e-4)
+    few = StudentConfig(num_inference_steps=4, shift=2.5, shift_terminal=0.625)
+    scheduler = schedule.few_step_scheduler(wan, few)
+    assert schedule.visited(wan, scheduler, 4) == pytest.approx((1.0, 0.9375, 0.8333, 0.625), abs=4e-4)
 
 
 # --- what is watched ------------------------------------------------------------------------------------------------
