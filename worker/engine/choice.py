@@ -86,6 +86,7 @@ class Choice:
     made: Made = "loaded"
     seconds: float = 0.0
     """That it took, with the comparison."""
+    kind: EngineKind = "eager"
 
     @property
     def name(self) -> str:
@@ -108,6 +109,13 @@ class Model:
     latents_BCTHW: Tensor
     """Of the decoder."""
     threads: int
+    component: str = "transformer"
+    """Of the pipeline, which of two experts the engine is for."""
+
+    @property
+    def transformer(self) -> Any:
+        """What the engine stands for."""
+        return getattr(self.pipe, self.component)
 
 
 def choose(model: Model, wanted: Wanted) -> Choice:
@@ -121,6 +129,17 @@ def choose(model: Model, wanted: Wanted) -> Choice:
     if wanted.max_batch > 1:
         choice = replace(choice, engine=BatchingEngine(choice.engine, wanted.max_batch))
     return replace(choice, seconds=time.monotonic() - started)
+
+
+def choose_other(model: Model, component: str, wanted: Wanted, like: Choice) -> Engine:
+    """The engine of the other expert, of the kind that the first one's is.
+
+    Raises:
+        EngineError: it does not work, though the first one's does.
+    """
+    kind: EngineKind = "eager" if wanted.of_eager else like.kind
+    engine = _MAKERS[kind](replace(model, component=component), replace(wanted, engine=kind)).engine
+    return BatchingEngine(engine, wanted.max_batch) if wanted.max_batch > 1 else engine
 
 
 def _choose(model: Model, wanted: Wanted) -> Choice:
@@ -138,10 +157,10 @@ def _choose(model: Model, wanted: Wanted) -> Choice:
 
 
 def _eager(model: Model, wanted: Wanted) -> Choice:
-    transformer = model.pipe.transformer
+    transformer = model.transformer
     if wanted.devices > 1:
         engine: Engine = ParallelEngine(
-            transformer, model.folder / "transformer", world_size=wanted.devices, threads=model.threads
+            transformer, model.folder / model.component, world_size=wanted.devices, threads=model.threads
         )
     else:
         engine = EagerEngine(transformer, compile_blocks=wanted.compile)
@@ -165,7 +184,7 @@ def _ort(model: Model, wanted: Wanted) -> Choice:
     def graph(part: str, module: Any, inputs: dict[str, Tensor], axes: Mapping[str, tuple[int, ...]]) -> Path:
         """The module's graph with its own weights. Another student's graph is not exported anew if it is the same."""
         config, own = {
-            "transformer": (model.pipe.transformer.config, "transformer"),
+            "transformer": (model.transformer.config, model.component),
             "decoder": (model.pipe.vae.config, "vae"),
         }[part]
         read = graph_read(config, inputs, axes)
@@ -191,10 +210,12 @@ def _ort(model: Model, wanted: Wanted) -> Choice:
         return builds.get(cache.key_of(part=part, weights=weights, **read), fill, about) / GRAPH
 
     pipe = model.pipe
-    with model.backbone.exporting(pipe.transformer):
-        path = graph("transformer", pipe.transformer, model.inputs, batch)
-    engine = ort.OrtEngine(path, pipe.transformer.config, model.threads)
-    check_parity(engine, EagerEngine(pipe.transformer), model.inputs)
+    with model.backbone.exporting(model.transformer):
+        path = graph("transformer", model.transformer, model.inputs, batch)
+    engine = ort.OrtEngine(path, model.transformer.config, model.threads)
+    check_parity(engine, EagerEngine(model.transformer), model.inputs)
+    if model.component != "transformer":  # the clip's decoder is chosen with the first expert
+        return Choice(engine, _decoder(model, wanted), None, made.get("transformer", "loaded"), kind="ort")
 
     def run_whole() -> Callable[..., Tensor]:
         whole = model.backbone.WholeDecoder(pipe.vae)
@@ -203,7 +224,7 @@ def _ort(model: Model, wanted: Wanted) -> Choice:
         _compare("the decoder", run(**inputs), whole(**inputs)[0])
         return run
 
-    return Choice(engine, _decoder(model, wanted, run_whole, "ort"), None, made.get("transformer", "loaded"))
+    return Choice(engine, _decoder(model, wanted, run_whole, "ort"), None, made.get("transformer", "loaded"), kind="ort")
 
 
 def _trt(model: Model, wanted: Wanted) -> Choice:
@@ -214,7 +235,7 @@ def _trt(model: Model, wanted: Wanted) -> Choice:
     # Beside one clip at a time, which is what was recorded.
     together = {name: (wanted.max_batch, *value.shape[1:]) for name, value in model.inputs.items()}
     engine = trt.make(model, cache.Cache(wanted.folder), [together] if wanted.max_batch > 1 else [])
-    return Choice(engine, _decoder(model, wanted), None, engine.made)
+    return Choice(engine, _decoder(model, wanted), None, engine.made, kind="trt")
 
 
 _MAKERS: dict[str, Callable[[Model, Wanted], Choice]] = {"eager": _eager, "ort": _ort, "trt": _trt}

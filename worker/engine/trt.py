@@ -420,7 +420,7 @@ def make(model: choice.Model, builds: Cache, sizes: Sequence[Shapes] = ()) -> Tr
         EngineError: TensorRT is not here, the engine does not fit, cannot be built, or computes something else.
     """
     module()  # no work for nothing
-    transformer = model.pipe.transformer
+    transformer = model.transformer
     device = transformer.device
     # Not at the same time as the engine: neither the builder nor two copies of the weights need fit beside it.
     expected = _Expected(EagerEngine(transformer), model.inputs)
@@ -450,9 +450,9 @@ class _Expected(Engine):
 
 
 def _make(model: choice.Model, builds: Cache, sizes: Sequence[Shapes], expected: _Expected, scratch: Path) -> TrtEngine:
-    trt, transformer = module(), model.pipe.transformer
+    trt, transformer = module(), model.transformer
     weights = transformer.state_dict()
-    weights_sha256 = student.weights_sha256(model.card.files, "transformer")
+    weights_sha256 = student.weights_sha256(model.card.files, model.component)
     all_sizes = [{name: tuple(value.shape) for name, value in model.inputs.items()}, *sizes]
     axes = _axes(all_sizes, model.backbone.EXPORT_AXES)
     about: dict[str, Any] = {"model": model.card.name, "model_sha256": model.card.sha256, "engine": trt.__name__}
