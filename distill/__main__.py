@@ -262,6 +262,8 @@ def _given(options: argparse.Namespace, *names: str) -> list[str]:
 
 
 def _compare(options: argparse.Namespace) -> int:
+    from distill.student import FolderError
+
     try:
         quick = recipes.QUICK_RECIPE if options.tier == "quick" else []
         recipe = recipes.load(options.recipe, [*quick, *options.set])
@@ -269,13 +271,13 @@ def _compare(options: argparse.Namespace) -> int:
         config = override(recipes.compare_shapes(), [*recipes.COMPARE_PRESETS[options.tier], *given])
         if options.tuned:
             tune = import_module("distill.tune")
-            choices, searches = tune.choices(options.folder), tune.searches(options.folder)
+            choices, searches = tune.choices(options.folder, recipe), tune.searches(options.folder)
             if not choices:
                 raise ConfigError(
                     f"--tuned: nothing was chosen in {options.folder}; run `distill tune` there first, or leave it out"
                 )
             config = config.model_copy(update={"choices": choices, "searches": searches})
-    except ConfigError as error:
+    except (ConfigError, FolderError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     compare = import_module("distill.compare").compare

@@ -138,6 +138,11 @@ def tune(folder: Path, name: str, recipe: DistillConfig, config: TuneConfig, say
         FolderError: the teacher's folder is broken.
         Interrupted: a signal came; the same call goes on.
     """
+    if recipe.matching.scores.cfg_unit != "extra":
+        raise ConfigError(
+            f"matching.scores.cfg_unit={recipe.matching.scores.cfg_unit}: beta_1 is searched in extra units, where 0 is "
+            "no guidance; leave it out"
+        )
     out = folder / f"tune-{name}"
     run = Run(out, config.seed)
     optuna.logging.set_verbosity(optuna.logging.WARNING)
@@ -145,6 +150,8 @@ def tune(folder: Path, name: str, recipe: DistillConfig, config: TuneConfig, say
         # How many trials is no part of it: more can be added.
         remember(out, config.model_copy(update={"trials": 1}))
         remember(out / "recipe", recipe)
+        of = {"recipe_sha256": recipe.sha256, "teacher_sha256": student.read_card(Path(recipe.teacher)).sha256}
+        _same_inputs(out / "inputs.json", of)
         judge = Judge(folder, name, recipe, config, run)
         study = _study(out, config)
         _go_on(study, FIRST[name])
@@ -177,7 +184,7 @@ def tune(folder: Path, name: str, recipe: DistillConfig, config: TuneConfig, say
         best = choose(_tried(study), config.rungs)
         search = {"trials": len(_finished(study)), "budget": config.budget}
         chosen = {"settings": settings_of(name, best.params), "dev_score": best.score, **best.ratios}
-        write_json(out / CHOICE, {"method": name, **search, **chosen})
+        write_json(out / CHOICE, {"method": name, **of, **search, **chosen})
         write_report(out, name, config, _tried(study), _failures(study), best)
     return out / CHOICE
 
@@ -355,8 +362,27 @@ def _limits_of(tried: Tried) -> str:
     return ", ".join(f"{name} {ratio:.2f}" for name, ratio in tried.ratios.items()) + " of the teacher's"
 
 
-def choices(folder: Path) -> dict[str, tuple[str, ...]]:
-    """By method, what `distill tune` chose in this folder."""
+def _same_inputs(path: Path, of: dict[str, str]) -> None:
+    """The teacher's folder may have been made anew under the same name."""
+    if path.exists() and json.loads(path.read_text()) != of:
+        raise ConfigError(f"{path.parent} was begun with another version of the teacher; take a new folder")
+    write_json(path, of)
+
+
+def choices(folder: Path, recipe: DistillConfig) -> dict[str, tuple[str, ...]]:
+    """By method, what `distill tune` chose in this folder.
+
+    Raises:
+        ConfigError: it chose for another recipe or teacher than this one.
+    """
+    teacher = student.read_card(Path(recipe.teacher)).sha256
+    for choice in _choices(folder):
+        for what, got in (("recipe", recipe.sha256), ("teacher", teacher)):
+            if choice.get(f"{what}_sha256") != got:
+                raise ConfigError(
+                    f"--tuned: {folder} holds what was chosen for {choice['method']} with another {what}; "
+                    "run `distill tune` with this one in a new folder, or leave --tuned out"
+                )
     return {choice["method"]: tuple(choice["settings"]) for choice in _choices(folder)}
 
 

@@ -26,7 +26,8 @@ from distill.stages.given import Batch, Given, noised
 def settings(recipe: DistillConfig, weights: Literal["teacher", "pruned"] = "teacher") -> MethodConfig:
     """The defaults: the optimiser of the recipe's stage III with LCM's averaging, guidance as the teacher's."""
     scores = recipe.matching.scores
-    guidance = sum(scores.beta_1) / 2 + (1 if scores.cfg_unit == "extra" else 0)
+    # Below 1 nothing is left that the solver's step could be guided by.
+    guidance = max(sum(scores.beta_1) / 2 + (1 if scores.cfg_unit == "extra" else 0), 1.0)
     fit = recipe.matching.fit.model_copy(update={"ema_decay": 0.95, "betas": (0.9, 0.99)})
     own = LcmConfig(solver_steps=50, guidance_scale=guidance, huber=0.001, fit=fit)
     return MethodConfig(method="lcm", weights=weights, recipe=recipe, own=own)

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 
 import pytest
 
-from distill import compare, loop, method, recipes, tune
+from distill import compare, loop, method, recipes, student, tune
+from distill.baselines import lcm
 from distill.config import ConfigError, override
 from distill.tune import Tried
 from tests.distill import tiny
@@ -111,7 +113,9 @@ def test_the_search_halves_and_finds_at_least_the_paper_s(landscape, tiny_config
     by_rung = [sum(rung == wanted for _, rung in landscape.asked) for wanted in range(3)]
     assert by_rung[0] == 12
     assert by_rung[0] > by_rung[1] > by_rung[2] >= 2
-    assert tune.choices(tmp_path) == {"fastlightgen": tuple(choice["settings"])}
+    assert tune.choices(tmp_path, tiny_config) == {"fastlightgen": tuple(choice["settings"])}
+    with pytest.raises(ConfigError, match=r"--tuned: .* was chosen for fastlightgen with another recipe"):
+        tune.choices(tmp_path, override(tiny_config, ["seed=1"]))
     assert tune.searches(tmp_path) == {"fastlightgen": (12, 40.0)}
     table = (tmp_path / "tune-fastlightgen" / "trials.md").read_text()
     assert table.count("(chosen)") == 1
@@ -213,7 +217,27 @@ def test_real_trainings_are_judged_beside_the_teacher(tiny_teacher, tmp_path):
     assert choice["settings"][0] == "recipe.pruning.alpha=1"
     assert len(list((tmp_path / "rows").iterdir())) == 1
     # And the comparison in the same folder takes what was chosen.
-    compared = recipes.compare_shapes().model_copy(update={"choices": tune.choices(tmp_path), "budget": 4.0})
+    compared = recipes.compare_shapes().model_copy(update={"choices": tune.choices(tmp_path, recipe), "budget": 4.0})
     [ours] = [row for row in compare.plan(recipe, compared, tiny.NUM_LAYERS) if row.name == compare.OURS]
     wanted = next(setting for setting in choice["settings"] if "beta_1" in setting).partition("=")[2]
     assert list(ours.config.recipe.matching.scores.beta_1) == json.loads(wanted)
+
+
+def test_a_teacher_made_anew_is_another_search(landscape, tiny_config, tiny_teacher, config, tmp_path):
+    teacher = shutil.copytree(tiny_teacher, tmp_path / "teacher")
+    recipe = override(tiny_config, [f"teacher={teacher}"])
+    tune.tune(tmp_path, "fastlightgen", recipe, config, lambda _line: None)
+    student.write_card(teacher, student.read_card(teacher).model_copy(update={"name": "another"}))
+    with pytest.raises(ConfigError, match="begun with another version of the teacher"):
+        tune.tune(tmp_path, "fastlightgen", recipe, config, lambda _line: None)
+    with pytest.raises(ConfigError, match=r"--tuned: .* with another teacher"):
+        tune.choices(tmp_path, recipe)
+
+
+def test_the_search_is_in_extra_units(tiny_config, config, tmp_path):
+    standard = override(tiny_config, ["matching.scores.cfg_unit=standard", "matching.scores.beta_1=[0, 0.5]"])
+    with pytest.raises(ConfigError, match="beta_1 is searched in extra units"):
+        tune.tune(tmp_path, "fastlightgen", standard, config, lambda _line: None)
+    assert not any(tmp_path.iterdir())
+    # Other methods know what less than no guidance is.
+    assert lcm.settings(standard).own.guidance_scale == 1.0
