@@ -167,13 +167,17 @@ class Trial:
         self._known: dict[str, Made] = {}
         self.made = {role: self._make(role) for role in ROLES}
         count = self.count("teacher")
-        self.teacher_looks = reference.looks(self.made["teacher"].video_BCTHW[:count], self.clips.given_BCHW[:count])
+        self.teacher_looks = reference.looks(self.made["teacher"].video_BCTHW[:count], self._given(count))
         self.active_values = self.measure(self.made["active"])
 
     def count(self, role: str) -> int:
         """Clips that a role makes: the teacher, which takes by far the longest, those of the reference form alone."""
         wanted = self.config.reference_clips if role == "teacher" or not self.clips.world else self.config.clips
         return min(wanted, len(self.clips.prompts))
+
+    def _given(self, count: int) -> Tensor | None:
+        given_BCHW = self.clips.given_BCHW
+        return None if given_BCHW is None else given_BCHW[:count]
 
     def judge(self, made: Made) -> Verdict:
         """Hold videos of the fixed clips against all limits."""
@@ -183,7 +187,7 @@ class Trial:
             values = self.active_values if made is self.made["active"] else self.measure(made)
             checks += ground_truth_checks(values, self.active_values, limits.ground_truth, far)
         count = self.count("teacher")
-        looks = reference.looks(made.video_BCTHW[:count], self.clips.given_BCHW[:count])
+        looks = reference.looks(made.video_BCTHW[:count], self._given(count))
         return Verdict((*checks, *reference_checks(looks, self.teacher_looks, limits.reference, far)))
 
     def measure(self, made: Made) -> Values:
@@ -242,7 +246,10 @@ class FixedClips(Protocol):
 
     version: str
     prompts: list[str]
-    given_BCHW: Tensor
+
+    @property
+    def given_BCHW(self) -> Tensor | None:
+        """The images; None where there are prompts alone."""
 
     @property
     def world(self) -> shapes.Clips | None:
@@ -303,39 +310,49 @@ def fixed_indices(count: int) -> list[int]:
 
 
 class FolderClips:
-    """Images of a folder by name, each with a `.txt` of the same name that holds its prompt.
+    """Images of a folder by name, each with a `.txt` of the same name that holds its prompt; of a model that is given
+    no image the prompts alone.
 
     Raises:
-        ConfigError: no such folder, fewer than two images, or an image without a prompt.
+        ConfigError: no such folder, fewer than two of them, or an image without a prompt.
     """
 
     world = None
 
     def __init__(self, config: GateConfig, card: Card) -> None:
         folder = Path(config.clips_from)
-        paths = sorted(p for p in folder.glob("*") if p.suffix.lower() in IMAGES)[: config.reference_clips]
+        kinds, what = ((".txt",), "prompts (.txt)") if card.task == "t2v" else (IMAGES, "images")
+        paths = sorted(p for p in folder.glob("*") if p.suffix.lower() in kinds)[: config.reference_clips]
         if len(paths) < 2:
-            raise ConfigError(f"gate.clips_from={folder}: wanted two images or more, or {GATE_SET}; got {len(paths)}")
+            raise ConfigError(f"gate.clips_from={folder}: wanted two {what} or more, or {GATE_SET}; got {len(paths)}")
         for path in paths:
             if not path.with_suffix(".txt").is_file():
                 raise ConfigError(f"{path} has no prompt: write it to {path.with_suffix('.txt').name} beside it")
         self.prompts = [path.with_suffix(".txt").read_text().strip() for path in paths]
-        size = (card.video.width, card.video.height)
-        self._images = [_read(path).resize(size, Image.Resampling.LANCZOS) for path in paths]
-        pixels_BHWC = torch.stack([torch.from_numpy(np.array(image)) for image in self._images])
-        still_BCTHW = pixels_BHWC.permute(0, 3, 1, 2)[:, :, None] / 127.5 - 1
-        self.given_BCHW = reference.shrink(still_BCTHW, SEEN_SIZE)[:, :, 0]
+        self._images: list[Image.Image | None] = [None] * len(paths)
+        self.given_BCHW: Tensor | None = None
+        if card.task != "t2v":
+            size = (card.video.width, card.video.height)
+            images = [_read(path).resize(size, Image.Resampling.LANCZOS) for path in paths]
+            pixels_BHWC = torch.stack([torch.from_numpy(np.array(image)) for image in images])
+            still_BCTHW = pixels_BHWC.permute(0, 3, 1, 2)[:, :, None] / 127.5 - 1
+            self.given_BCHW = reference.shrink(still_BCTHW, SEEN_SIZE)[:, :, 0]
+            self._images = [*images]
         self._seeds = [evaluate.noise_seed(config.seed, i) for i in range(len(paths))]
-        mixed = hashlib.sha256(b"".join(p.read_bytes() for path in paths for p in (path, path.with_suffix(".txt"))))
+        mixed = hashlib.sha256(
+            b"".join(p.read_bytes() for path in paths for p in dict.fromkeys((path, path.with_suffix(".txt"))))
+        )
         self.version = f"{folder.name} {mixed.hexdigest()[:12]}"
 
     def make(self, pipe: Any, card: Card, count: int) -> Tensor:
         """One after another by the stock pipeline, whatever it is."""
         pipe.set_progress_bar_config(disable=True)
+        call = backbones.load(card.backbone, card.task).arguments(card.call)
         videos = []
         for image, prompt, seed in zip(self._images[:count], self.prompts, self._seeds, strict=False):
+            of_image = {} if image is None else {"image": image}
             chance = torch.Generator().manual_seed(seed)
-            made = pipe(image=image, prompt=prompt, generator=chance, output_type="pt", **card.call)
+            made = pipe(prompt=prompt, generator=chance, output_type="pt", **of_image, **call)
             videos.append(reference.shrink(made.frames.float().cpu().transpose(1, 2) * 2 - 1, SEEN_SIZE))
         return torch.cat(videos)
 
@@ -575,7 +592,7 @@ def _finite(value: Any) -> Any:
 
 def _write_pictures(out: Path, trial: Trial, verdict: Verdict) -> None:
     shown = slice(min(SHOWN, trial.count("teacher")))
-    given_BCHW = trial.clips.given_BCHW[shown]
+    given_BCHW = None if trial.clips.given_BCHW is None else trial.clips.given_BCHW[shown]
     videos = [trial.made[role].video_BCTHW[shown].nan_to_num() for role in ROLES]
     report.contact_sheet(out / "sheet.png", videos, inputs_BCHW=given_BCHW)
     plot(out / "gate.png", verdict, title=f"{trial.cards['new'].name}: {'passed' if verdict.passed else 'refused'}")

@@ -54,17 +54,17 @@ class Looks:
 
 
 @torch.no_grad()
-def looks(video_BCTHW: Tensor, given_BCHW: Tensor) -> Looks:
+def looks(video_BCTHW: Tensor, given_BCHW: Tensor | None) -> Looks:
     """The figures of B videos. A video that holds a NaN is all dead frames, and its other figures are NaN.
 
     Args:
         video_BCTHW: RGB in [-1, 1], three frames or more.
-        given_BCHW: the images that they were made from, in [-1, 1].
+        given_BCHW: the images that they were made from, in [-1, 1]; None where they were made from text alone.
 
     Returns:
         motion: mean optical flow from frame to frame, percent of the frame's shorter side.
         flicker: mean second difference over time of the colours of 8 x 8 cells, in levels of 255.
-        first_frame_ssim: structural similarity of the first frame and the given image.
+        first_frame_ssim: structural similarity of the first frame and the given image; 1 where there is none.
         colour_drift: mean distance of a frame's colours from the first frame's, whatever their place, in [0, 1].
         sharpness: mean squared difference of neighbouring pixels after the first frame.
         detail: mean squared Laplacian after the first frame. Edges go into it more than into the sharpness.
@@ -79,7 +79,7 @@ def looks(video_BCTHW: Tensor, given_BCHW: Tensor) -> Looks:
     figures = {
         "motion": 100 * flow_BT2HW.norm(dim=2).mean(dim=(1, 2, 3)) / min(flow_BT2HW.shape[-2:]),
         "flicker": flicker(video),
-        "first_frame_ssim": ssim(video[:, :, 0], given_BCHW.float()),
+        "first_frame_ssim": ssim(video[:, :, 0], video[:, :, 0] if given_BCHW is None else given_BCHW.float()),
         "colour_drift": colour_drift(video),
         "sharpness": sharpness(video),
         "detail": detail(video),

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import DiffusionPipeline
+from PIL import Image
 
 from distill import lineage, recipes, student
 from distill.__main__ import main
@@ -103,8 +104,6 @@ def test_a_student_comes_out_that_the_stock_pipeline_calls(variant, run_folder, 
     pipe.set_progress_bar_config(disable=True)
     image = {} if card.task == "t2v" else {"image": torch.zeros(1, 3, wan.SIZE, wan.SIZE)}
     if variant == "i2v-14b":
-        from PIL import Image
-
         image = {"image": Image.new("RGB", (wan.SIZE, wan.SIZE))}
     made = pipe(prompt="a boat", generator=torch.Generator().manual_seed(0), output_type="pt", **image, **card.call)
     assert made.frames.shape == (1, wan.FRAMES, 3, wan.SIZE, wan.SIZE)
@@ -138,3 +137,22 @@ def test_data_of_another_model_is_refused(variant, data, tmp_path):
     with pytest.raises(ConfigError, match="prepare the videos again"):
         distil(tmp_path / "run", recipe(other, folder, data))
     assert not (tmp_path / "run" / "student").exists()
+
+
+def test_the_gate_holds_it_against_its_teacher(variant, run_folder, teacher, tmp_path, capsys):
+    """In the reference form: no world is fitted to these. What a student of random weights is worth is no matter."""
+    clips = tmp_path / "clips"
+    clips.mkdir()
+    for name in ("one", "two"):
+        (clips / f"{name}.txt").write_text(f"a boat, number {name}\n")
+        if "t2v" not in variant:
+            Image.new("RGB", (40, 40), (90, 20, 160)).save(clips / f"{name}.png")
+    folder = str(run_folder / "student")
+    code = main(
+        ["gate", folder, "--against", folder, "--teacher", str(teacher), "--out", str(tmp_path / "gate")]
+        + ["--set", f"gate.clips_from={clips}", "--set", "gate.reference_clips=2", "--set", "gate.clips=2"]
+    )
+    assert code in (0, 3), capsys.readouterr().err
+    verdict = json.loads((tmp_path / "gate" / "gate.json").read_text())
+    assert {check["form"] for check in verdict["checks"]} == {"reference"}
+    assert (tmp_path / "gate" / "sheet.png").exists()
