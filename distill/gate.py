@@ -339,9 +339,8 @@ class FolderClips:
             self.given_BCHW = reference.shrink(still_BCTHW, SEEN_SIZE)[:, :, 0]
             self._images = [*images]
         self._seeds = [evaluate.noise_seed(config.seed, i) for i in range(len(paths))]
-        mixed = hashlib.sha256(
-            b"".join(p.read_bytes() for path in paths for p in dict.fromkeys((path, path.with_suffix(".txt"))))
-        )
+        read = [p for path in paths for p in dict.fromkeys((path, path.with_suffix(".txt")))]
+        mixed = hashlib.sha256(b"".join(p.read_bytes() for p in read))
         self.version = f"{folder.name} {mixed.hexdigest()[:12]}"
 
     def make(self, pipe: Any, card: Card, count: int) -> Tensor:

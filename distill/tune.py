@@ -140,8 +140,8 @@ def tune(folder: Path, name: str, recipe: DistillConfig, config: TuneConfig, say
     """
     if recipe.matching.scores.cfg_unit != "extra":
         raise ConfigError(
-            f"matching.scores.cfg_unit={recipe.matching.scores.cfg_unit}: beta_1 is searched in extra units, where 0 is "
-            "no guidance; leave it out"
+            f"matching.scores.cfg_unit={recipe.matching.scores.cfg_unit}: beta_1 is searched in extra units, where 0 "
+            "is no guidance; leave it out"
         )
     out = folder / f"tune-{name}"
     run = Run(out, config.seed)

@@ -231,7 +231,8 @@ def pass_the_gate(world: World) -> None:
 TAMPERED: dict[str, tuple[Callable[[World], Any], str, str]] = {
     # what is done -> (how, the link that is broken first, what is said)
     "a weight's byte": (
-        lambda w: flip_a_byte(w.student / "transformer" / student.WEIGHTS), "student", r"transformer/diffusion_.* is \w{64}, .* \w{64}",
+        lambda w: flip_a_byte(w.student / "transformer" / student.WEIGHTS), "student",
+        r"transformer/diffusion_.* is \w{64}, .* \w{64}",
     ),
     "a weight, and the card fits it": (
         flip_a_weight_and_rewrite_the_card, "student", r"1 of \d+ tensors are not those of .*/matching.safetensors",

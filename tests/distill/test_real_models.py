@@ -147,11 +147,9 @@ def test_the_gate_holds_it_against_its_teacher(variant, run_folder, teacher, tmp
         (clips / f"{name}.txt").write_text(f"a boat, number {name}\n")
         if "t2v" not in variant:
             Image.new("RGB", (40, 40), (90, 20, 160)).save(clips / f"{name}.png")
-    folder = str(run_folder / "student")
-    code = main(
-        ["gate", folder, "--against", folder, "--teacher", str(teacher), "--out", str(tmp_path / "gate")]
-        + ["--set", f"gate.clips_from={clips}", "--set", "gate.reference_clips=2", "--set", "gate.clips=2"]
-    )
+    folder, out = str(run_folder / "student"), str(tmp_path / "gate")
+    settings = [f"--set=gate.{name}" for name in (f"clips_from={clips}", "reference_clips=2", "clips=2")]
+    code = main(["gate", folder, "--against", folder, "--teacher", str(teacher), "--out", out, *settings])
     assert code in (0, 3), capsys.readouterr().err
     verdict = json.loads((tmp_path / "gate" / "gate.json").read_text())
     assert {check["form"] for check in verdict["checks"]} == {"reference"}

@@ -223,7 +223,8 @@ def test_real_trainings_are_judged_beside_the_teacher(tiny_teacher, tmp_path):
     assert list(ours.config.recipe.matching.scores.beta_1) == json.loads(wanted)
 
 
-def test_a_teacher_made_anew_is_another_search(landscape, tiny_config, tiny_teacher, config, tmp_path):
+@pytest.mark.usefixtures("landscape")
+def test_a_teacher_made_anew_is_another_search(tiny_config, tiny_teacher, config, tmp_path):
     teacher = shutil.copytree(tiny_teacher, tmp_path / "teacher")
     recipe = override(tiny_config, [f"teacher={teacher}"])
     tune.tune(tmp_path, "fastlightgen", recipe, config, lambda _line: None)
