@@ -130,7 +130,7 @@ def _backbone(folder: Path, kind: str, index: dict[str, Any]) -> str:
 def _call(kind: str, config: AdoptConfig) -> dict[str, Any]:
     known = inspect.signature(getattr(diffusers, kind).__call__).parameters
     call = {name: known[name].default for name in _CALL if name in known}
-    asked = config.model_dump(include={*_CALL, "negative_prompt"}, exclude_none=True)
+    asked = config.model_dump(include={*_CALL, "guidance_scale_2", "negative_prompt"}, exclude_none=True)
     for name in asked:
         if name not in known:
             raise FolderError(f"{kind} has no {name.replace('_', ' ')}; leave it out")

@@ -123,6 +123,7 @@ class AdoptConfig(Config):
     name: str | None = Field(default=None, description="the folder's")
     num_inference_steps: int | None = Field(default=None, gt=0)
     guidance_scale: float | None = Field(default=None, ge=1, description="of Hunyuan the one that is fed in")
+    guidance_scale_2: float | None = Field(default=None, ge=1, description="of Wan's low-noise expert")
     true_cfg_scale: float | None = Field(default=None, ge=1, description="of Hunyuan, classifier-free guidance")
     width: int | None = Field(default=None, gt=0)
     height: int | None = Field(default=None, gt=0)
@@ -419,6 +420,9 @@ class DistillConfig(Config):
     seed: Tunable[int] = Field(ge=0, lt=2**32, description="of everything random")
     teacher: str = Field(description="a model folder")
     data: str = Field(default=SHAPES, description="clips of the world shapes, or a folder of `distill prepare`")
+    experts: Literal["both", "high", "low"] = Field(
+        default="both", description="of a teacher of two experts, which the student is of; of one it is half as large"
+    )
     num_clips: Tunable[int] = Field(gt=0, le=MAX_CLIPS, description="training clips whose latents are cached")
     text_drop: float = Field(ge=0, le=1, description="share of captions replaced by the empty one in stage II")
     shift: float = Field(gt=0, description="of the noise levels of stages I and II: the teacher's")

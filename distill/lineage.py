@@ -60,9 +60,10 @@ def inputs(config: DistillConfig, teacher_sha256: str) -> dict[str, str]:
     shared: list[Any] = [teacher_sha256, config.seed, config.num_clips, config.precision]
     if config.data != SHAPES:
         shared.insert(0, config.data)
+    apart = [] if config.experts == "both" else [config.experts]
     stage_one = [*shared, config.shift, config.importance.sha256, config.pruning.unimportant]
     stage_two = [*stage_one, config.text_drop, config.pruning.sha256]
-    stage_three = [*stage_two, config.student.sha256, config.matching.sha256, config.watched]
+    stage_three = [*stage_two, config.student.sha256, config.matching.sha256, config.watched, *apart]
     read = {"latents": shared[:-1], "importance": stage_one, "pruning": stage_two, "matching": stage_three}
     return {name: hashlib.sha256(json.dumps(values).encode()).hexdigest() for name, values in read.items()}
 
@@ -407,7 +408,12 @@ def _stage_in_run(link: Link, entry: _Stage, run: _Begun, card: Card) -> None:
     if name == "importance" and (found := _read(_Importance, run.folder / "importance.json", link)) and card.blocks:
         link.facts["drop"] = found.drop
         path = run.folder / "importance.json"
-        link.same(f"blocks gone by {path}", found.pruned, card.blocks.pruned, "student.json")
+        pruned = card.blocks.pruned
+        if run.config and run.config.experts != "both":  # and all of the expert that the student is not of
+            pruned = tuple(block for block in pruned if block in found.pruned)
+            link.same(f"blocks gone by {path}", found.pruned, pruned, "student.json")
+            return
+        link.same(f"blocks gone by {path}", found.pruned, pruned, "student.json")
         ratios = (card.blocks.block_ratio, card.blocks.ratio)
         link.same(f"parameters left by {path}", (found.block_ratio, found.ratio), ratios, "student.json")
 

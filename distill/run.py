@@ -47,7 +47,8 @@ def distil(folder: Path, config: DistillConfig, begun: Path | None = None) -> Pa
         found = importance.run(run, given, config.importance, config.pruning.unimportant)
         whole = pruning.run(run, given, found, config.pruning)
         watched = watch.Watch(run, given, scheduler)
-        transformer = matching.run(run, given, found.pruned, whole, config.matching, scheduler, watched)
+        few = student_of(given, whole, found.pruned)
+        transformer = matching.run(run, given, found.pruned, whole, config.matching, scheduler, watched, few)
         if not (folder / "report.md").exists():  # written last
             card = save(out, given, found, transformer, scheduler, run)
             sheet = folder / "samples" / "student.png"
@@ -86,6 +87,20 @@ def opened(folder: Path, config: DistillConfig, begun: Path | None) -> Iterator[
         yield run, Given(run, config)
 
 
+def student_of(given: Given, whole: Any, pruned: Collection[int]) -> Any:
+    """What the student starts as: the network without these blocks, of the experts that it is to be of."""
+    made = given.backbone.without_blocks(whole, pruned)
+    which = given.config.experts
+    return made if which == "both" else given.backbone.one_expert(made, which)
+
+
+def gone(given: Given, pruned: Collection[int]) -> tuple[int, ...]:
+    """The teacher's blocks that the student does not have: these, and all of an expert that it is not of."""
+    groups = dict(zip(("high", "low"), given.backbone.groups(given.teacher), strict=False))
+    left = {block for which, group in groups.items() if given.config.experts not in ("both", which) for block in group}
+    return tuple(sorted({*pruned, *left}))
+
+
 def save(
     out: Path, given: Given, found: importance.Importance, transformer: Any, scheduler: Any, run: Run
 ) -> student.Card:
@@ -96,7 +111,7 @@ def save(
         given,
         transformer,
         scheduler,
-        found.pruned,
+        gone(given, found.pruned),
         given.few_steps_call,
         lineage.stages(run.folder, config, given.card.sha256),
         name=config.name,
@@ -119,7 +134,7 @@ def write_student(
     """
     of, whole = given.card, given.teacher
     counts = [sum(p.numel() for p in block.parameters()) for block in given.backbone.blocks(whole)]
-    gone = sum(counts[block] for block in pruned)
+    removed = sum(counts[block] for block in pruned)
     kept = tuple(i for i in range(len(counts)) if i not in pruned)
     wall_s = report.seconds_by_stage(out.parent)
     done = {event["stage"]: event["step"] for event in report.events(out.parent)}
@@ -147,7 +162,7 @@ def write_student(
             created_at=student.now(),
             backbone=of.backbone,
             task=of.task,
-            parameters={**of.parameters, "transformer": sum(p.numel() for p in transformer.parameters())},
+            parameters=_parameters(given, transformer),
             call=call,
             sigmas=schedule.visited(given.backbone, scheduler, call["num_inference_steps"]),
             prompt=of.prompt,
@@ -159,14 +174,20 @@ def write_student(
             blocks=student.Blocks(
                 kept=kept,
                 pruned=tuple(sorted(pruned)),
-                block_ratio=1 - gone / sum(counts),
-                ratio=1 - gone / sum(p.numel() for p in whole.parameters()),
+                block_ratio=1 - removed / sum(counts),
+                ratio=1 - removed / sum(p.numel() for p in whole.parameters()),
             ),
             code=student.code_version(),
             **card,
         ),
         save_parts,
     )
+
+
+def _parameters(given: Given, transformer: Any) -> dict[str, int]:
+    others = {name: count for name, count in given.card.parameters.items() if name not in student.OWN}
+    networks = given.backbone.networks(transformer)
+    return others | {name: sum(p.numel() for p in model.parameters()) for name, model in networks.items()}
 
 
 def _begin(folder: Path, config: DistillConfig, teacher_sha256: str, begun: Path | None) -> None:

@@ -46,6 +46,13 @@ class Backbone(Protocol):
     def groups(self, transformer: Any) -> list[range]:
         """Blocks that have a budget of their own when some go: one group, or one for each expert."""
 
+    def one_expert(self, transformer: Any, which: str) -> Any:
+        """Of two experts the ``high`` or the ``low`` one, for all noise levels.
+
+        Raises:
+            ConfigError: there are no two.
+        """
+
     def skipping(self, transformer: Any, skipped: Collection[int]) -> AbstractContextManager[None]:
         """Within it, calls of ``transformer`` bypass these blocks."""
 

@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from distill.config import ConfigError
+
 
 class Experts(nn.Module):
     """Called as either of its models is."""
@@ -79,6 +81,13 @@ class Experts(nn.Module):
 def models(network: Any) -> tuple[Any, ...]:
     """The models that a network is of: itself, or its experts."""
     return network.models if isinstance(network, Experts) else (network,)
+
+
+def one(network: Any, which: str) -> Any:
+    """The ``high`` or the ``low`` expert, for all noise levels. Raises ``ConfigError`` where there are no two."""
+    if not isinstance(network, Experts):
+        raise ConfigError(f"experts={which}: the teacher is of one network; leave it out")
+    return getattr(network, which)
 
 
 def of_pipeline(pipe: Any) -> Any:

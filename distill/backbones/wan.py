@@ -145,9 +145,9 @@ def guidance_at(transformer: Any, call: Mapping[str, Any], sigma: float) -> floa
 
 
 def calling(call: Mapping[str, Any], num_inference_steps: int, guidance_scale: float) -> dict[str, Any]:
-    """The call with other steps and guidance. A second scale, of the low-noise expert, is that one too."""
-    second = {"guidance_scale_2": guidance_scale} if "guidance_scale_2" in call else {}
-    return {**call, "num_inference_steps": num_inference_steps, "guidance_scale": guidance_scale, **second}
+    """The call with other steps and guidance, of both experts where there are two."""
+    rest = {name: value for name, value in call.items() if name != "guidance_scale_2"}
+    return {**rest, "num_inference_steps": num_inference_steps, "guidance_scale": guidance_scale}
 
 
 def arguments(call: Mapping[str, Any]) -> dict[str, Any]:
@@ -286,6 +286,7 @@ def rotated(x_BNHD: Tensor, cos_D: Tensor, sin_D: Tensor) -> Tensor:
 
 network = experts.of_pipeline
 networks = experts.by_component
+one_expert = experts.one
 
 
 def blocks(transformer: Any) -> nn.ModuleList:

@@ -124,6 +124,25 @@ def test_the_same_command_has_nothing_left_to_do(variant, run_folder, teacher, d
     assert student.read_card(run_folder / "student").sha256 == before
 
 
+def test_a_student_can_be_of_one_of_two_experts(variant, teacher, data, run_folder, tmp_path):
+    if not variant.endswith("a14b"):
+        with pytest.raises(ConfigError, match="experts=low: the teacher is of one network"):
+            distil(tmp_path / "run", recipe(variant, teacher, data, experts="low"))
+        return
+    distil(tmp_path / "run", recipe(variant, teacher, data, experts="low"), begun=run_folder)
+    folder = tmp_path / "run" / "student"
+    card = student.read_card(folder)
+    assert set(range(wan.BLOCKS)) < set(card.blocks.pruned)  # all of the first expert's, and one of the second's
+    assert len(card.blocks.kept) == wan.BLOCKS - 1
+    assert set(student.components(folder)) == set(student.components(teacher)) - {"transformer_2"}
+    assert "transformer_2" not in card.parameters
+    pipe = DiffusionPipeline.from_pretrained(folder, dtype=torch.float32)
+    assert pipe.transformer_2 is None
+    assert pipe.config.boundary_ratio is None
+    assert pipe.transformer.config.num_layers == wan.BLOCKS - 1
+    assert main(["lineage", str(folder)]) == 0
+
+
 def test_the_drawn_world_is_not_for_it(variant, teacher, tmp_path):
     with pytest.raises(ConfigError, match=r"data=shapes: .* is no model of that world; prepare clips"):
         distil(tmp_path / "run", recipe(variant, teacher, "shapes"))
