@@ -54,7 +54,7 @@ OnProgress = Callable[[Phase, float], None]
 class TimedPipeline:
     """Stands where `VideoPipeline` stands; reports as often as that does."""
 
-    card = SimpleNamespace(name=MODEL, sha256=CARD.sha256, call={}, video=VIDEO)
+    card = SimpleNamespace(name=MODEL, sha256=CARD.sha256, task=CARD.task, call={}, video=VIDEO)
     model_card = CARD
     choice = SimpleNamespace(name="none", reason="there is no model", decoder=SimpleNamespace(name="none"))
     device, threads = "cpu", 1
@@ -74,7 +74,7 @@ class TimedPipeline:
             if seed == POISON:
                 os.kill(os.getpid(), signal.SIGKILL)
         on_progress(Phase.DECODING, 0.8)
-        return SimpleNamespace(seed=seed, timings_s={Phase.DENOISING: 0.8 * self._seconds})
+        return SimpleNamespace(seed=seed, timings_s={Phase.DENOISING: 0.8 * self._seconds}, first_step=None)
 
     def decode(self, denoised: SimpleNamespace, *, on_progress: OnProgress) -> Iterator[NDArray[np.uint8]]:
         """Sleep before each piece; all frames are grey."""

@@ -96,9 +96,7 @@ def main(arguments: list[str] | None = None) -> int:
     merge.add_argument("folders", type=Path, nargs="+", metavar="PART", help="what `prepare` wrote")
     bench = commands.add_parser("vbench", help="what the VBench benchmark says of videos, where it is installed")
     bench.add_argument("videos", type=Path, help="folder of .mp4 files")
-    bench.add_argument(
-        "--images", type=Path, metavar="FOLDER", help="the pictures they were made from, of the same names"
-    )
+    bench.add_argument("--images", type=Path, metavar="FOLDER", help="their first pictures, of the same names")
     bench.add_argument("--out", type=Path, help="where the report goes (var/evaluations/NAME)")
     bench.add_argument("--python", default=sys.executable, help="of the environment that has vbench (this one)")
     adopt = commands.add_parser("adopt", help="check a downloaded pipeline folder and make it a teacher")
@@ -214,13 +212,9 @@ def _add_prepare(parser: argparse.ArgumentParser) -> None:
         "source", type=Path, help="folder of videos with a .txt beside each; .csv or .parquet; .txt of captions"
     )
     parser.add_argument("out", type=Path, help="a new folder")
-    parser.add_argument(
-        "--model", type=Path, required=True, metavar="FOLDER", help="whose encoders: for example a teacher"
-    )
+    parser.add_argument("--model", type=Path, required=True, metavar="FOLDER", help="whose encoders: a teacher's, say")
     parser.add_argument("--workers", type=int, default=2, metavar="N", help="processes that read videos (2)")
-    parser.add_argument(
-        "--shard", default="1/1", metavar="I/N", help="the I-th of N machines; `merge` joins them (1/1)"
-    )
+    parser.add_argument("--shard", default="1/1", metavar="I/N", help="I-th of N machines; `merge` joins them (1/1)")
     parser.add_argument("--from-teacher", action="store_true", help="captions only: the teacher samples the clips")
     parser.add_argument("--set", action="append", default=[], metavar="A.B=C", help="change one setting")
     parser.add_argument("--dry-run", action="store_true", help="print the resolved configuration and stop")
@@ -266,12 +260,13 @@ def _compare(options: argparse.Namespace) -> int:
 
     try:
         quick = recipes.QUICK_RECIPE if options.tier == "quick" else []
+        asked = recipes.load(options.recipe, options.set)
         recipe = recipes.load(options.recipe, [*quick, *options.set])
         given = _given(options, "budget", "seeds", "clips", "noise_seeds", "diversity_pairs", "groups", "rows")
         config = override(recipes.compare_shapes(), [*recipes.COMPARE_PRESETS[options.tier], *given])
         if options.tuned:
             tune = import_module("distill.tune")
-            choices, searches = tune.choices(options.folder, recipe), tune.searches(options.folder)
+            choices, searches = tune.choices(options.folder, asked), tune.searches(options.folder)
             if not choices:
                 raise ConfigError(
                     f"--tuned: nothing was chosen in {options.folder}; run `distill tune` there first, or leave it out"

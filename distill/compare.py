@@ -192,6 +192,7 @@ def compare(folder: Path, recipe: DistillConfig, config: CompareConfig, say: Cal
 def _of_teacher(folder: Path) -> tuple[int, float]:
     """How many blocks the teacher has, and the share of self-attention in one."""
     card = student.read_card(folder)
+    evaluate.check_world(card)
     backbone = backbones.load(card.backbone, card.task)
     transformer = student.load_pipeline(folder, "cpu").transformer
     return len(backbone.blocks(transformer)), backbone.self_attention_share(transformer)

@@ -121,6 +121,7 @@ class AdoptConfig(Config):
     """A downloaded pipeline as a teacher (`distill.adopt`). None: the stock pipeline's own default."""
 
     name: str | None = Field(default=None, description="the folder's")
+    task: Literal["ti2v", "t2v"] | None = Field(default=None, description="of Wan2.2-TI2V-5B, which is for both")
     num_inference_steps: int | None = Field(default=None, gt=0)
     guidance_scale: float | None = Field(default=None, ge=1, description="of Hunyuan the one that is fed in")
     guidance_scale_2: float | None = Field(default=None, ge=1, description="of Wan's low-noise expert")
@@ -424,10 +425,13 @@ class DistillConfig(Config):
         default="both", description="of a teacher of two experts, which the student is of; of one it is half as large"
     )
     num_clips: Tunable[int] = Field(gt=0, le=MAX_CLIPS, description="training clips whose latents are cached")
-    text_drop: float = Field(ge=0, le=1, description="share of captions replaced by the empty one in stage II")
+    text_drop: float = Field(
+        ge=0, le=1, description="share of captions left out in stage II, where the negative prompt is empty"
+    )
     shift: float = Field(gt=0, description="of the noise levels of stages I and II: the teacher's")
     compile: bool = Field(description="blocks go through torch.compile")
     precision: Literal["float32", "bfloat16"] = Field(description="of the matrix products, by autocast")
+    looked_at: int = Field(default=32, gt=0, description="held-out clips that go through a network at a time")
     watched: int = Field(
         gt=0, le=DEV_CLIPS, description="held-out clips that are drawn and compared with the teacher's on the way"
     )
@@ -457,15 +461,10 @@ class FiltersConfig(Config):
         "below, the video is static",
     )
     max_cut: float = Field(
-        default=0.1,
-        gt=0,
-        description="largest change between two frames beyond the median one: above, the scene is cut",
+        default=0.1, gt=0, description="largest change between frames beyond the median one: above, the scene is cut"
     )
     min_difference_bits: int = Field(
-        default=32,
-        ge=0,
-        le=256,
-        description="of the hash of 256 bits, from every clip before: below, it is one of them",
+        default=32, ge=0, le=256, description="of a clip's hash of 256, from any before it: below, it is a copy"
     )
 
 

@@ -6,18 +6,21 @@ H row, W column.
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
+import diffusers
 import numpy as np
 import torch
+from diffusers import DiffusionPipeline
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 
-from distill import student
+from distill import sampler, student
 from distill.backbones import base
 from distill.backbones.conditions import Conditions
 from distill.config import ConfigError, PrepareConfig
@@ -31,7 +34,7 @@ class Encoders:
         self.card, self.config = card, config
         self.backbone = base.load(card.backbone, card.task)
         self.device = training_device()
-        self.pipe = student.load_pipeline(folder, self.device)
+        self.pipe = student.load_pipeline(folder, self.device) if config.from_teacher else _load(folder, self.device)
         self.pipe.set_progress_bar_config(disable=True)
 
     def of_video(self, frames_THWC: np.ndarray, caption: str) -> Conditions:
@@ -43,10 +46,18 @@ class Encoders:
 
     def of_sample(self, image_HWC: np.ndarray | None, caption: str, seed: int) -> Conditions:
         """What is kept of a clip that the model itself makes: the stock pipeline's own latents."""
-        given = {} if image_HWC is None else {"image": Image.fromarray(image_HWC)}
+        given = self.backbone.arguments(self.card.call)
+        if image_HWC is not None:
+            given["image"] = Image.fromarray(image_HWC)
         generator = torch.Generator().manual_seed(seed)
         with self._encoding():
-            made = self.pipe(**given, prompt=caption, **self.card.call, generator=generator, output_type="latent")
+            made = self.pipe(**given, prompt=caption, generator=generator, output_type="latent")
+        wanted = self.backbone.latent_shape(self.pipe, self.card.call)
+        if made.frames.shape[1:] != wanted:
+            raise ConfigError(
+                f"--from-teacher: {type(self.pipe).__name__} gives latents {list(made.frames.shape[1:])} where "
+                f"{list(wanted)} are distilled; prepare this model's data from videos"
+            )
         return self._beside(made.frames, self._first(image_HWC), caption)
 
     def of_caption(self, image_HWC: np.ndarray | None, caption: str) -> Conditions:
@@ -57,18 +68,17 @@ class Encoders:
         return {**self._kept("image", image), **self._texts(caption, first_BCHW)}
 
     def too_long(self, caption: str) -> bool:
-        """Whether the text encoder does not see the end of a caption."""
+        """Whether the text encoder does not see a caption's end. Where the card has no limit, the stock pipeline's
+        own holds, and nothing is counted."""
         limit = self.card.call.get("max_sequence_length")
-        if limit is None:
-            limit = inspect.signature(type(self.pipe).__call__).parameters["max_sequence_length"].default
-        return len(self.pipe.tokenizer(caption)["input_ids"]) > limit
+        return limit is not None and len(self.pipe.tokenizer(caption)["input_ids"]) > limit
 
     @cached_property
     def negative(self) -> Conditions:
-        """Of the negative prompt, where it is the same for every picture; else nothing, and each clip has its own."""
-        size = (1, 3, self.card.video.height, self.card.video.width)
-        of_black, of_white = (self._negative(torch.full(size, value, device=self.device)) for value in (-1.0, 1.0))
-        return of_black if all(torch.equal(value, of_white[name]) for name, value in of_black.items()) else {}
+        """Of the negative prompt: the same for all clips, as it is made without a picture."""
+        with self._encoding():
+            text = self.backbone.encode_text(self.pipe, [sampler.negative_prompt(self.card.call)], self.card.call)
+        return self._kept("negative", text)
 
     def _beside(self, x0_BCTHW: Tensor, first_BCHW: Tensor | None, caption: str) -> Conditions:
         with self._encoding():
@@ -79,14 +89,7 @@ class Encoders:
     def _texts(self, caption: str, first_BCHW: Tensor | None) -> Conditions:
         with self._encoding():
             text = self.backbone.encode_text(self.pipe, [caption], self.card.call, first_BCHW)
-        own = {} if self.negative else self._negative(first_BCHW)
-        return {**self._kept("text", text), **own}
-
-    def _negative(self, first_BCHW: Tensor | None) -> Conditions:
-        prompt = self.card.call.get("negative_prompt") or ""
-        with self._encoding():
-            text = self.backbone.encode_text(self.pipe, [prompt], self.card.call, first_BCHW)
-        return self._kept("negative", text)
+        return self._kept("text", text)
 
     def _kept(self, kind: str, values: Conditions) -> Conditions:
         dtype = torch.float16 if kind == "image" else getattr(torch, self.config.text_dtype)
@@ -107,9 +110,37 @@ class Encoders:
         return (frames_CTHW.float() / 127.5 - 1)[None]
 
 
+@dataclass(frozen=True)
+class _Described:
+    """What is left of a network without its weights. No module: it would count as the pipeline's device."""
+
+    config: Any
+    dtype: torch.dtype
+
+
+def _load(folder: Path, device: torch.device) -> Any:
+    """The stock pipeline of a folder that was checked, with its networks as configurations alone: what encodes may look
+    at these, and the weights of 14 B parameters would take the room of everything else."""
+    index = DiffusionPipeline.load_config(folder)
+    networks = {}
+    for name in ("transformer", "transformer_2"):
+        _, of_class = index.get(name) or (None, None)
+        if of_class is not None:
+            with torch.device("meta"):
+                model = getattr(diffusers, of_class)
+                networks[name] = model.from_config(model.load_config(folder, subfolder=name))
+    pipe = DiffusionPipeline.from_pretrained(folder, dtype=torch.float32, local_files_only=True, **networks)
+    for name, network in networks.items():
+        setattr(pipe, name, _Described(network.config, network.dtype))
+    for part in pipe.components.values():
+        if isinstance(part, nn.Module):
+            part.eval().requires_grad_(False).to(device)
+    return pipe
+
+
 def _as(name: str, value: Tensor, dtype: torch.dtype) -> Tensor:
-    """On the CPU; what is not counted or masked as this type."""
-    if not value.is_floating_point():
+    """On the CPU; what is not counted or masked, nor a single number, as this type."""
+    if not value.is_floating_point() or value.ndim == 1:
         return value.cpu().contiguous()
     kept = value.to(dtype).cpu().contiguous()
     if not kept.isfinite().all():

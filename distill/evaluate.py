@@ -84,6 +84,7 @@ def evaluate(folder: Path, out: Path, config: EvaluateConfig, say: Say) -> list[
         ConfigError: more clips asked for than the split has.
     """
     card = student.read_card(folder)
+    check_world(card)
     pipe = load(folder)
     # 1.7 times as fast on two cores; in full precision the numbers stay those of the stock pipeline.
     if config.precision == "bfloat16" and can_compile():
@@ -188,6 +189,16 @@ def by_kind(split: str, count: int) -> tuple[list[int], list[int]]:
     if min(len(closed), len(opened)) < count:
         raise ConfigError(f"the {split} split does not hold {count} closed and as many open captions; ask for fewer")
     return closed[:count], opened[:count]
+
+
+def check_world(card: student.Card) -> None:
+    """Only videos of the drawn world can be measured. Raises ``ConfigError``."""
+    size = (card.video.num_frames, card.video.height, card.video.width)
+    if card.prompt.grammar != shapes.GRAMMAR or size != (shapes.NUM_FRAMES, shapes.SIZE, shapes.SIZE):
+        raise ConfigError(
+            f"{card.name} is no model of the world shapes, which alone is measured by fitting it; "
+            "`python -m distill gate` compares a student with its teacher, `vbench` any videos"
+        )
 
 
 def draw_clips(split: str, count: int) -> tuple[shapes.Clips, np.ndarray]:

@@ -221,6 +221,10 @@ def _check_cards(cards: dict[str, Card]) -> None:
     for role in ("active", "new"):
         if cards[role].video != teacher.video:
             raise ConfigError(f"the {role} model makes {cards[role].video}, and the teacher {teacher.video}")
+        if cards[role].task != teacher.task:
+            raise ConfigError(
+                f"the {role} model is for the task {cards[role].task}, and the teacher for {teacher.task}"
+            )
     if new.teacher and new.teacher.sha256 != teacher.sha256:
         raise ConfigError(
             f"{new.name} was made from {new.teacher.name} {new.teacher.sha256[:12]}, and --teacher is {teacher.name} "

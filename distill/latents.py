@@ -73,9 +73,7 @@ class Latents:
 
     def rows(self, run: Run, batch_number: int, batch: int) -> Tensor:
         """Which clips the batch of that number holds: every clip once an epoch, in an order drawn for each epoch."""
-        count, position = len(self.captions), batch_number * batch
-        order = torch.randperm(count, generator=run.generator("epoch", position // count))
-        return order.roll(-(position % count))[:batch]
+        return prepared.rows_of(run, len(self), batch_number, batch)
 
 
 def store(path: Path, latents_NCTHW: Tensor, **beside: Tensor) -> None:

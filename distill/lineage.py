@@ -12,6 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from itertools import pairwise
 from pathlib import Path
@@ -268,8 +269,9 @@ def _run(folder: Path, card: Card) -> tuple[_Begun, Link]:
     if config:
         link.facts |= {"recipe": config.name, "preset": config.preset, "seed": config.seed, "sha256": _written(config)}
         recorded = _read(dict[str, str], folder / "stages.json", link)
-        # But for the gate's limits, which no stage reads.
-        if config.model_dump(exclude={"gate"}, exclude_unset=True) != config.model_dump(exclude={"gate"}):
+        # But for the gate's limits, which no stage reads, and what runs before it was there did by default.
+        apart = {"gate"} | {name for name in ("data", "experts", "looked_at") if name not in config.model_fields_set}
+        if config.model_dump(exclude=apart, exclude_unset=True) != config.model_dump(exclude=apart):
             link.unchecked.append(f"{path} was written by another version: what stages read is not computed anew")
         elif card.teacher:
             computed = inputs(config, card.teacher.sha256)
@@ -438,7 +440,7 @@ def _student(folder: Path, card: Card, teacher: Card | None, run: _Begun | None)
         return link
     experts = (folder / "transformer_2").is_dir()
     for component, prefix in EXPERTS.items() if experts else [("transformer", "")]:
-        _weights(link, run.folder / MATCHED, folder / component / student.WEIGHTS, prefix)
+        _weights(link, run.folder / MATCHED, folder / component, prefix)
     if run.config:
         few, by = run.config.student, f"{run.folder / 'config.json'}"
         steps = card.call.get("num_inference_steps")
@@ -451,15 +453,19 @@ def _student(folder: Path, card: Card, teacher: Card | None, run: _Begun | None)
     return link
 
 
-def _weights(link: Link, whole: Path, half: Path, prefix: str) -> None:
+def _weights(link: Link, whole: Path, component: Path, prefix: str) -> None:
     """Compare weights of the student's with those of stage III that begin so, which are theirs in full precision."""
-    if not half.is_file() or not whole.is_file():
+    half, files = component / student.WEIGHTS, student.weight_files(component)
+    if not all(path.is_file() for path in (*files, whole)):
         link.unchecked.append(f"{half} is not compared with {whole}: one of them is not there")
         return
     try:
-        with safe_open(whole, "numpy") as ours, safe_open(half, "numpy") as theirs, np.errstate(over="ignore"):
+        with ExitStack() as stack, np.errstate(over="ignore"):
+            ours = stack.enter_context(safe_open(whole, "numpy"))
+            opened = [stack.enter_context(safe_open(path, "numpy")) for path in files]
+            theirs = {name: file for file in opened for name in file.keys()}
             mine = {name.removeprefix(prefix) for name in ours.keys() if name.startswith(prefix)}
-            names = sorted({*mine, *theirs.keys()})
+            names = sorted({*mine, *theirs})
             apart = [name for name in names if not _cast_equals(name, prefix, ours, theirs)]
     except (SafetensorError, TypeError) as error:
         link.broken.append(f"{half} cannot be compared with {whole}: {error}")
@@ -470,10 +476,10 @@ def _weights(link: Link, whole: Path, half: Path, prefix: str) -> None:
         link.checked.append(f"{half} is {whole} in half precision")
 
 
-def _cast_equals(name: str, prefix: str, ours: Any, theirs: Any) -> bool:
-    if prefix + name not in ours.keys() or name not in theirs.keys():
+def _cast_equals(name: str, prefix: str, ours: Any, theirs: dict[str, Any]) -> bool:
+    if prefix + name not in ours.keys() or name not in theirs:
         return False
-    kept = theirs.get_tensor(name)
+    kept = theirs[name].get_tensor(name)
     return np.array_equal(ours.get_tensor(prefix + name).astype(kept.dtype), kept, equal_nan=True)
 
 

@@ -19,7 +19,7 @@ import os
 import shutil
 import time
 from collections import Counter, deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from concurrent.futures import TimeoutError as TookTooLong
 from contextlib import closing
 from dataclasses import replace
@@ -167,7 +167,8 @@ class _Work:
     def __init__(self, run: Run, out: Path, model: Path, card: student.Card, config: PrepareConfig) -> None:
         self._run, self._out, self._model, self._card, self._config = run, out, model, card, config
         video = card.video
-        self._wanted = Wanted(video.width, video.height, video.num_frames, video.fps, config.filters)
+        # Of some pipelines the video is shorter than what is denoised.
+        self._wanted = Wanted(video.width, video.height, card.call["num_frames"], video.fps, config.filters)
         self._taken: list[bytes] = []
         """Hashes of the clips so far."""
 
@@ -205,7 +206,7 @@ class _Work:
     def _path(self, number: int) -> Path:
         return self._out / prepared.WORK / f"part-{number:05d}.json"
 
-    def _looks(self, items: Sequence[Item], workers: int) -> Iterator[tuple[Item, Look]]:
+    def _looks(self, items: Sequence[Item], workers: int) -> Generator[tuple[Item, Look]]:
         """What there is at each line, in order, with the caption as the model is given it."""
         checked = [self._with_caption(item) for item in items]
         if not items or items[0].video is None:
@@ -248,8 +249,8 @@ class _Work:
                 self._taken.append(signature)
                 for kind, value in self._encoded(item, look).items():
                     _keep(kinds, kind, value)
-                    ends = kind.startswith(("text.", "negative."))
-                    tensors[f"{len(rows):05d}/{kind}"] = prepared.without_end(value) if ends else value
+                    is_text = kind.startswith("text.")
+                    tensors[f"{len(rows):05d}/{kind}"] = prepared.without_end(value) if is_text else value
                 rows.append(self._row(item, look, signature, name, len(rows)))
             progress.one(refusal is None)
         if rows:
@@ -264,11 +265,11 @@ class _Work:
         return part
 
     def _write_negative(self, kinds: dict[str, Tensors]) -> None:
-        """Once for all, where it is the same for all."""
+        """Once for all clips."""
         path = self._out / prepared.NEGATIVE
         for kind, value in self._encoders.negative.items():
             _keep(kinds, kind, value)
-        if self._encoders.negative and not path.exists():
+        if not path.exists():
             _save(path, {f"00000/{kind}": value for kind, value in self._encoders.negative.items()})
 
     def _seen_before(self, signature: bytes) -> Rejected | None:
@@ -323,7 +324,8 @@ class _Progress:
         left_min = (self._count - self._done) / rate / 60
         self._run.event("prepare", self._done, steps=self._count, taken=self._taken, lines_per_s=rate)
         self._run.say(
-            f"prepared {self._done}/{self._count}  {self._taken} of {new} taken  {rate:.2f} lines/s  {left_min:.1f} min left"
+            f"prepared {self._done}/{self._count}  {self._taken} of {new} taken  {rate:.2f} lines/s  "
+            f"{left_min:.1f} min left"
         )
 
 
@@ -333,7 +335,8 @@ def _read_clips(
     """Videos as they are wanted, in order, read ahead in processes of their own: a video that ends its decoder, or
     keeps it for ever, costs that video alone."""
     waiting: deque[tuple[Item, Rejected | ProcessFuture]] = deque()
-    pool = ProcessPool(workers, context=get_context("spawn"))
+    # Not of our process group: what is meant to stop us (Ctrl-C, a batch system) would end them first.
+    pool = ProcessPool(workers, initializer=os.setsid, context=get_context("spawn"))
     try:
         for item, refusal in items:
             task = refusal or pool.schedule(videos.read_clip, args=(item, wanted), timeout=timeout_s)
@@ -367,7 +370,7 @@ def _signature(item: Item, look: Look) -> bytes:
 
 def _seed(seed: int, item: Item) -> int:
     """Of the noise that a line's clip is sampled from."""
-    return int.from_bytes(hashlib.sha256(f"{seed}/{item.number}".encode()).digest()[:4], "big")
+    return int.from_bytes(hashlib.sha256(f"{seed}/{item.image}/{item.caption}".encode()).digest()[:4], "big")
 
 
 def _keep(kinds: dict[str, Tensors], kind: str, value: Tensor) -> None:
@@ -425,10 +428,11 @@ def _write_report(
         lines = csv.DictWriter(file, list(Refused.model_fields), lineterminator="\n")
         lines.writeheader()
         lines.writerows(line.model_dump() for line in refused)
+    of_clips = {name: [v for row in rows if (v := getattr(row, name)) is not None] for name in ("motion", "cut")}
     measured = {
-        name: [round(float(q), 4) for q in np.quantile(values, [0, 0.1, 0.5, 0.9, 1])]
-        for name in ("motion", "cut")
-        if (values := [value for row in rows if (value := getattr(row, name)) is not None])
+        name: [round(float(q), 4) for q in np.quantile(found, [0, 0.1, 0.5, 0.9, 1])]
+        for name, found in of_clips.items()
+        if found
     }
     size_bytes = sum(file.stat().st_size for file in out.glob("*.safetensors"))
     values = {
@@ -440,20 +444,14 @@ def _write_report(
         "bytes per clip": size_bytes // max(len(rows), 1),
     }
     write_json(out / REPORT, {"counts": values, "quantiles": measured, "config": index.config.model_dump(mode="json")})
-    text = [
-        f"# {len(rows)} of {len(rows) + len(refused)} lines taken, for {index.model.name} ({index.backbone}, {index.task})",
-        "",
-    ]
+    of = f"{index.model.name} ({index.backbone}, {index.task})"
+    text = [f"# {len(rows)} of {len(rows) + len(refused)} lines taken, for {of}", ""]
     text += ["| what | number |", "|---|---:|", *(f"| {name} | {value} |" for name, value in values.items()), ""]
     if measured:
         text += ["| of the clips taken | least | 10 % | median | 90 % | most |", "|---|---:|---:|---:|---:|---:|"]
         text += [f"| {name} | {' | '.join(map(str, quantiles))} |" for name, quantiles in measured.items()]
         text += [""]
-    text += [
-        f"Settings: `{index.config.model_dump_json()}`",
-        "",
-        f"Each line that was not taken, and why: `{REJECTED}`.",
-    ]
+    text += [f"Settings: `{index.config.model_dump_json()}`", "", f"What was not taken, and why: `{REJECTED}`."]
     write(out / "report.md", "\n".join(text) + "\n")
 
 
@@ -495,12 +493,8 @@ def merge(out: Path, folders: Sequence[Path]) -> Path:
             refused += [Refused.model_validate(line) for line in csv.DictReader(file_of)]
     rows, again = _without_copies([row for *_, row in sorted(found, key=lambda entry: entry[:2])], indices[0].config)
     whole = next((index for index in indices if index.tensors), indices[0])
-    joined = whole.model_copy(
-        update={
-            "source_sha256": tuple(dict.fromkeys(s for index in indices for s in index.source_sha256)),
-            "shard": "1/1",
-        }
-    )
+    of = tuple(dict.fromkeys(sha256 for index in indices for sha256 in index.source_sha256))
+    joined = whole.model_copy(update={"source_sha256": of, "shard": "1/1"})
     _write_down(aside, joined, rows, [*refused, *again], list(names.values()))
     os.replace(aside, out)
     return out
@@ -509,13 +503,15 @@ def merge(out: Path, folders: Sequence[Path]) -> Path:
 def _check_alike(folders: Sequence[Path], indices: Sequence[prepared.Index]) -> None:
     for folder, index in zip(folders, indices, strict=True):
         for name in ("backbone", "task", "encoders", "call", "video", "config", "latents"):
-            if getattr(index, name) != getattr(indices[0], name):
+            one, other = getattr(index, name), getattr(indices[0], name)
+            if one != other:
                 raise DataError(
-                    f"{folder} and {folders[0]} differ in {name}: {getattr(index, name)} and {getattr(indices[0], name)}; "
+                    f"{folder} and {folders[0]} differ in {name}: {one} and {other}; "
                     "prepare them with the same model and settings"
                 )
-        if index.tensors and (other := next(i for i in indices if i.tensors)).tensors != index.tensors:
-            raise DataError(f"{folder} holds {index.tensors}, and another {other.tensors}; prepare them alike")
+        first = next((i.tensors for i in indices if i.tensors), {})
+        if index.tensors and index.tensors != first:
+            raise DataError(f"{folder} holds {index.tensors}, and another {first}; prepare them alike")
     for source in dict.fromkeys(index.source_sha256 for index in indices):
         shards = [index.shard for index in indices if index.source_sha256 == source]
         count = int(shards[0].split("/")[1])

@@ -202,6 +202,7 @@ def _real(name: str, shift: float, beta_1: tuple[float, float], **more: Any) -> 
         compile=True,
         precision="bfloat16",
         watched=8,
+        looked_at=1,
         student=more.pop("student", few_steps(4, shift)),
         importance=ImportanceConfig(
             clips=8, sigmas=8, noises=1, sigma_min=0.02, sigma_max=0.98, weighting="elbo", greedy=False, rho=0.3
@@ -320,8 +321,6 @@ RECIPES: dict[str, Callable[[], DistillConfig]] = {
 """By name. `shapes` has its teacher and its data at hand; of the others the user downloads and prepares both."""
 STAGES = ("latents", "importance", "pruning", "matching", "student")
 """What `events.jsonl` calls the steps of a distillation, in order."""
-DATASETS = ("shapes",)
-"""What clips can be of; the first is every recipe's own."""
 
 
 def load(name: str, assignments: list[str]) -> DistillConfig:
@@ -457,6 +456,11 @@ def _at(values: dict[str, Any], path: str) -> Any:
 def teacher_of(config: DistillConfig) -> str:
     """What the teacher is called that a configuration names by its folder."""
     return config.teacher.rstrip("/").rpartition("/")[2]
+
+
+def dataset_of(config: DistillConfig) -> str:
+    """What the clips are called that a configuration learns from."""
+    return config.data.rstrip("/").rpartition("/")[2]
 
 
 TEACHERS = {"shapes": teach_shapes}

@@ -24,7 +24,7 @@ from distill.backbones import base
 from distill.config import ConfigError, DistillConfig
 from distill.loop import Run, remember, write_json
 from distill.stages import importance, matching, pruning, watch
-from distill.stages.given import Given
+from distill.stages.given import Given, check
 
 
 def distil(folder: Path, config: DistillConfig, begun: Path | None = None) -> Path:
@@ -47,7 +47,7 @@ def distil(folder: Path, config: DistillConfig, begun: Path | None = None) -> Pa
         found = importance.run(run, given, config.importance, config.pruning.unimportant)
         whole = pruning.run(run, given, found, config.pruning)
         watched = watch.Watch(run, given, scheduler)
-        few = student_of(given, whole, found.pruned)
+        few = None if config.experts == "both" else student_of(given, whole, found.pruned)
         transformer = matching.run(run, given, found.pruned, whole, config.matching, scheduler, watched, few)
         if not (folder / "report.md").exists():  # written last
             card = save(out, given, found, transformer, scheduler, run)
@@ -81,6 +81,7 @@ def opened(folder: Path, config: DistillConfig, begun: Path | None) -> Iterator[
     if teacher.kind != "teacher":
         raise ConfigError(f"{config.teacher} is a {teacher.kind}; give the folder of a teacher")
     base.load(teacher.backbone, teacher.task)
+    check(config, teacher)
     run = Run(folder, config.seed)
     with run.handling_signals():
         _begin(folder, config, teacher.sha256, begun)
@@ -88,10 +89,8 @@ def opened(folder: Path, config: DistillConfig, begun: Path | None) -> Iterator[
 
 
 def student_of(given: Given, whole: Any, pruned: Collection[int]) -> Any:
-    """What the student starts as: the network without these blocks, of the experts that it is to be of."""
-    made = given.backbone.without_blocks(whole, pruned)
-    which = given.config.experts
-    return made if which == "both" else given.backbone.one_expert(made, which)
+    """What a student of one expert starts as: the network without these blocks and without the other expert."""
+    return given.backbone.one_expert(given.backbone.without_blocks(whole, pruned), given.config.experts)
 
 
 def gone(given: Given, pruned: Collection[int]) -> tuple[int, ...]:

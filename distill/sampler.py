@@ -5,9 +5,9 @@ For the same noise it gives what the stock pipeline gives (tests/distill/test_te
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Any
 
 import torch
@@ -16,6 +16,8 @@ from torch import Tensor
 from distill.backbones import conditions
 from distill.backbones.base import Backbone, Call
 from distill.backbones.conditions import Conditions
+
+NUM_TRAIN_TIMESTEPS = 1000
 
 
 @dataclass(frozen=True)
@@ -44,7 +46,7 @@ def sample(
     noise_BCTHW: Tensor,
     precision: torch.dtype = torch.float32,
 ) -> Tensor:
-    """Videos ``[B, C, T, H, W]`` in [-1, 1]: deterministic Euler steps, with classifier-free guidance if ``call`` asks.
+    """Videos ``[B, C, T, H, W]`` in [-1, 1], by the pipeline's scheduler, with guidance if ``call`` asks.
 
     Args:
         backbone: the pipeline's.
@@ -62,13 +64,12 @@ def sample(
 @torch.no_grad()
 def encode(backbone: Backbone, pipe: Any, first_BCHW: Tensor | None, prompts: Sequence[str], call: Call) -> Given:
     """The conditions of clips, with those of the negative prompt where ``call`` asks for guidance."""
-    network = backbone.network(pipe)
-    guided = any(backbone.guidance_at(network, call, sigma) > 1 for sigma in (0.0, 1.0))
+    guided = backbone.guidance_at(backbone.network(pipe), call, 1.0) > 1
     unwanted = [negative_prompt(call)] * len(prompts)
     return Given(
         backbone.encode_image(pipe, first_BCHW, call),
         backbone.encode_text(pipe, list(prompts), call, first_BCHW),
-        backbone.encode_text(pipe, unwanted, call, first_BCHW) if guided else None,
+        backbone.encode_text(pipe, unwanted, call) if guided else None,
     )
 
 
@@ -85,20 +86,21 @@ def denoise(
     """Latents ``[B, C, T, H, W]`` from noise and ``encode``'s conditions."""
     network = backbone.network(pipe)
     device, count = network.device, len(noise_BCTHW)
-    backbone.set_steps(pipe.scheduler, call["num_inference_steps"])
+    scheduler = copy.deepcopy(pipe.scheduler)  # some remember their last steps
+    backbone.set_steps(scheduler, call["num_inference_steps"])
+    image, text = given.image, given.text
     if given.negative is not None:
         text = conditions.joined([given.text, given.negative])
         image = conditions.joined([given.image, given.image])
     x_BCTHW = backbone.starting(noise_BCTHW.to(device), given.image)
-    for sigma, after in pairwise(pipe.scheduler.sigmas.tolist()):
-        scale = backbone.guidance_at(network, call, sigma)
-        guided = given.negative is not None and scale > 1
-        asked = (torch.cat([x_BCTHW] * 2), image, text) if guided else (x_BCTHW, given.image, given.text)
-        sigma_B = torch.full((len(asked[0]),), sigma, device=device)
+    for timestep in scheduler.timesteps:
+        sigma = timestep.item() / NUM_TRAIN_TIMESTEPS  # as the network is told it, which some schedulers round
+        both_BCTHW = x_BCTHW if given.negative is None else torch.cat([x_BCTHW] * 2)
+        sigma_B = torch.full((len(both_BCTHW),), sigma, device=device)
         with torch.autocast(device.type, torch.bfloat16, enabled=precision == torch.bfloat16):
-            predicted = backbone.predict_velocity(network, asked[0], sigma_B, asked[1], asked[2]).float()
-        if guided:
+            predicted = backbone.predict_velocity(network, both_BCTHW, sigma_B, image, text).float()
+        if given.negative is not None:
             with_text, without = predicted.split(count)
-            predicted = without + scale * (with_text - without)
-        x_BCTHW = x_BCTHW + (after - sigma) * predicted
+            predicted = without + backbone.guidance_at(network, call, sigma) * (with_text - without)
+        x_BCTHW = scheduler.step(predicted, timestep, x_BCTHW, return_dict=False)[0]
     return backbone.with_given(x_BCTHW, given.image)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+from functools import wraps
 from typing import Any
 
 import torch
@@ -43,3 +45,23 @@ def few_step_scheduler(backbone: Backbone, few: StudentConfig) -> FlowMatchEuler
     scheduler = FlowMatchEulerDiscreteScheduler(shift=few.shift, shift_terminal=terminal)
     backbone.set_steps(scheduler, few.num_inference_steps)
     return scheduler
+
+
+def started_at(scheduler: Any, first: int, end: int | None = None) -> Any:
+    """A copy of a stock scheduler that makes only some of the steps that it is set to: from ``first`` (0 is the first
+    of all) up to ``end``, which is not made. The noise levels of those are the same numbers as in the whole.
+
+    It is set to the number of all its steps, as ever, so a stock pipeline that is given noisy latents of level
+    ``first`` goes on from there, and one that is made to stop early has latents of level 0 all the same.
+    """
+    partial = copy.deepcopy(scheduler)
+    whole = partial.set_timesteps
+
+    @wraps(whole)  # with its signature, which the Hunyuan pipelines look at
+    def set_timesteps(*args: Any, **kwargs: Any) -> None:
+        whole(*args, **kwargs)
+        partial.timesteps = partial.timesteps[first:end]
+        partial.sigmas = torch.cat([partial.sigmas[:-1][first:end], partial.sigmas[-1:]])
+
+    partial.set_timesteps = set_timesteps
+    return partial

@@ -195,9 +195,9 @@ def components(folder: Path) -> dict[str, str]:
     """
     path = folder / "model_index.json"
     try:
-        index = json.loads(path.read_text())
+        index: dict[str, Any] = json.loads(path.read_text())
         parts = {name: value[1] for name, value in index.items() if isinstance(value, list)}
-    except (OSError, ValueError, IndexError) as error:
+    except (OSError, ValueError, IndexError, AttributeError) as error:
         raise FolderError(f"{path} cannot be read ({error}); a diffusers pipeline folder has one") from None
     return {name: kind for name, kind in parts.items() if kind is not None}
 
@@ -208,16 +208,22 @@ def shapes_of(component: Path) -> dict[str, tuple[int, ...]]:
     Raises:
         FolderError: a file is missing or no safetensors.
     """
-    index = component / f"{WEIGHTS}.index.json"
-    files = sorted(set(json.loads(index.read_text())["weight_map"].values())) if index.exists() else [WEIGHTS]
     found: dict[str, tuple[int, ...]] = {}
-    for file in files:
+    for file in weight_files(component):
         try:
-            with safe_open(component / file, framework="numpy") as tensors:
+            with safe_open(file, framework="numpy") as tensors:
                 found |= {name: tuple(tensors.get_slice(name).get_shape()) for name in tensors.keys()}
         except (OSError, SafetensorError) as error:
-            raise FolderError(f"{component / file} cannot be read: {error}") from None
+            raise FolderError(f"{file} cannot be read: {error}") from None
     return found
+
+
+def weight_files(component: Path) -> list[Path]:
+    """The files that a diffusers model's weights are in, whether they are there or not."""
+    index = component / f"{WEIGHTS}.index.json"
+    if not index.exists():
+        return [component / WEIGHTS]
+    return [component / name for name in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
 
 
 def check_layers(folder: Path) -> None:
@@ -231,9 +237,9 @@ def check_layers(folder: Path) -> None:
         if not path.exists():
             continue
         config = json.loads(path.read_text())
-        lists = LAYERS.get(config["_class_name"])
+        lists = LAYERS.get(config.get("_class_name"))
         if lists is None:
-            raise FolderError(f"{path} is of class {config['_class_name']}; known are {', '.join(LAYERS)}")
+            raise FolderError(f"{path} is of class {config.get('_class_name')}; known are {', '.join(LAYERS)}")
         names = shapes_of(path.parent)
         for setting, blocks in lists.items():
             found = {int(name.split(".")[1]) for name in names if name.startswith(f"{blocks}.")}
@@ -321,5 +327,7 @@ def _files(folder: Path) -> list[Path]:
     """Every file the pipeline may read: all but the card itself, notes and what is half-written."""
     skipped = {*CARD_NAMES, "README.md"}
     # `rglob` would not enter a student's links to its teacher's parts.
-    found = (Path(root) / name for root, _, names in os.walk(folder, followlinks=True) for name in names)
-    return sorted(p for p in found if p.name not in skipped and p.suffix != ".tmp")
+    found = [Path(root) / name for root, _, names in os.walk(folder, followlinks=True) for name in names]
+    # What begins with a dot is a tool's, as a downloader's cache.
+    seen = [p for p in found if not any(part.startswith(".") for part in p.relative_to(folder).parts)]
+    return sorted(p for p in seen if p.name not in skipped and p.suffix != ".tmp")

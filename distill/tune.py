@@ -23,7 +23,7 @@ from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock
 from optuna.trial import FrozenTrial, Trial, TrialState
 
-from distill import method, report, scores, student
+from distill import evaluate, method, report, scores, student
 from distill.backbones import base as backbones
 from distill.config import ConfigError, DistillConfig, MethodConfig, TuneConfig, override
 from distill.loop import Diverged, Run, remember, write_json
@@ -233,6 +233,7 @@ class Judge:
             "dev", config.clips, 1, config.diversity_pairs, config.diversity_samples, config.precision
         )  # fmt: skip
         card = student.read_card(Path(recipe.teacher))
+        evaluate.check_world(card)
         transformer = student.load_pipeline(Path(recipe.teacher), "cpu").transformer
         self._blocks = len(backbones.load(card.backbone, card.task).blocks(transformer))
         self._teacher = self._measure(Path(recipe.teacher))

@@ -25,6 +25,7 @@ _CHARSET = re.compile(r';\s*charset\s*=\s*"?([^";\s]*)', re.IGNORECASE)
 
 
 FORM, JSON = "multipart/form-data", "application/json"
+FORMS = (FORM, "application/x-www-form-urlencoded")
 
 
 def kind_of(request: Request, *kinds: str) -> str:
@@ -119,13 +120,13 @@ def object_of(body: bytes) -> dict[str, Any]:
 
 
 def fields_of(values: dict[str, Any]) -> GenerateFields:
-    """What a video is asked for with, but for its image. Raises ``ApiError`` 422."""
+    """What a video is asked for with, but for what it is made from. Raises ``ApiError`` 422."""
     try:
         return GenerateFields.model_validate(values)
     except ValidationError as error:
         first = error.errors()[0]
         name = ".".join(str(part) for part in first["loc"])[:64]  # of metadata it has the client's own key
-        known = ", ".join(["image", *GenerateFields.model_fields])
+        known = ", ".join(["image", "video", *GenerateFields.model_fields])
         hint = f"there is no such field; there are {known}" if first["type"] == "extra_forbidden" else first["msg"]
         raise ApiError(422, "invalid_field", f"{name or 'the body'}: {hint}", param=name or None) from None
 

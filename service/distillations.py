@@ -15,7 +15,7 @@ from rq.job import Job, JobStatus
 from rq.serializers import JSONSerializer
 
 from distill import recipes
-from distill.config import ConfigError, DistillConfig
+from distill.config import SHAPES, ConfigError, DistillConfig
 from service.distillation_schema import DistillationFields, RecipeField, Recipes, RecipeView
 from service.errors import ApiError
 from service.ids import new_id
@@ -60,16 +60,16 @@ class DistillationStore(Store[Distillation]):
         Raises:
             ApiError: what is wrong with the request, or that too many are waiting.
         """
-        _check("recipe", fields.recipe, recipes.RECIPES)
+        offer = self.offer()
+        _check("recipe", fields.recipe, offer.recipes if offer else recipes.RECIPES)
         _check("preset", fields.preset, recipes.PRESETS)
         config = _configuration(fields)
-        offer, own_teacher = self.offer(), recipes.teacher_of(config)
+        own_teacher, own_dataset = recipes.teacher_of(config), recipes.dataset_of(config)
         # While no trainer has ever said what it has, the recipe's own may wait for one.
         teachers = [teacher.name for teacher in offer.teachers] if offer else [own_teacher]
-        datasets = offer.datasets if offer else recipes.DATASETS
-        teacher, dataset = fields.teacher or own_teacher, fields.dataset or recipes.DATASETS[0]
+        teacher, dataset = fields.teacher or own_teacher, fields.dataset or own_dataset
         _check("teacher", teacher, teachers)
-        _check("dataset", dataset, datasets)
+        _check("dataset", dataset, [own_dataset])
         record = Distillation(
             id=new_id("dist"),
             status=Status.QUEUED,
@@ -140,9 +140,9 @@ class DistillationStore(Store[Distillation]):
         offer = self.offer()
         held = cast(str | None, self._redis.get(gpu_key(offer.gpu))) if offer else None
         return Recipes(
-            data=[_recipe(name) for name in recipes.RECIPES],
+            data=[_recipe(name) for name in (offer.recipes if offer else recipes.RECIPES)],
             teachers=list(offer.teachers) if offer else [],
-            datasets=list(offer.datasets if offer else recipes.DATASETS),
+            datasets=list(offer.datasets if offer else (SHAPES,)),
             trainer=offer,
             gpu=GpuHolder.model_validate_json(held) if held else None,
         )

@@ -15,7 +15,7 @@ from typing import cast
 from redis import Redis
 from redis.exceptions import RedisError
 
-from service import admission, images, webhooks
+from service import admission, clips, images, webhooks
 from service.admission import Admission, Terms
 from service.auth import Principal
 from service.errors import ApiError
@@ -24,7 +24,18 @@ from service.ids import created_at, new_id
 from service.schema import GenerateFields
 from service.settings import Settings
 from service.store import Store
-from worker.contract import OUTPUT_SUFFIXES, SLOTS_KEY, ModelCard, Record, Status, input_path, output_path
+from worker.contract import (
+    OUTPUT_SUFFIXES,
+    SLOTS_KEY,
+    STRENGTH,
+    ModelCard,
+    Record,
+    Source,
+    Status,
+    input_path,
+    input_paths,
+    output_path,
+)
 from worker.records import Refused, now
 from worker.storage import Storage
 
@@ -39,11 +50,12 @@ _IN_FLIGHT_S = 5.0
 
 @dataclass(frozen=True)
 class Ask:
-    """One request for a video, but for its image."""
+    """One request for a video, but for the bytes of the image or video that it is to be made from."""
 
     fields: GenerateFields
-    image_sha256: str
-    """Of the image as it came, or of its URL."""
+    source_sha256: str
+    """Of that as it came, or of an image's URL."""
+    source: Source = "image"
     terms: Terms = field(default_factory=Terms)
     request_id: str | None = None
     trace: str | None = None
@@ -53,7 +65,8 @@ class Ask:
     def fingerprint(self) -> str:
         """The same for the same request, however it was written."""
         said = {**self.fields.model_dump(mode="json", exclude_none=True), "from": self.remixed_from}
-        return hashlib.sha256(f"{json.dumps(said, sort_keys=True)} {self.image_sha256}".encode()).hexdigest()
+        source = self.source_sha256 if self.source == "image" else f"{self.source} {self.source_sha256}"
+        return hashlib.sha256(f"{json.dumps(said, sort_keys=True)} {source}".encode()).hexdigest()
 
 
 @dataclass(frozen=True)
@@ -68,6 +81,26 @@ class Reserved:
 def _is_of_use(record: Record, folder: str, name: str) -> bool:
     """Whether a file of a job that is over is more than a half that a worker died over, or part of no video."""
     return not name.endswith(".tmp") and (folder == "inputs" or record.status is Status.SUCCEEDED)
+
+
+def _check_source(card: ModelCard, ask: Ask) -> None:
+    """Whether the model makes videos from what it is to be made from. Raises ``ApiError`` 422."""
+    name = f"{card.name} (task {card.task})"
+    if ask.source not in card.takes:
+        if ask.source == "image":
+            instead = "leave it out, or send a video" if "none" in card.takes else "send a video"
+            raise ApiError(422, "image_not_taken", f"image: {name} takes none; {instead}", param="image")
+        if ask.source == "video":
+            message = f"video: {name} takes none; send an image"
+            raise ApiError(422, "video_not_taken", message, param="video")
+        if "image" in card.takes:
+            message = f"image: missing, and {name} animates one; send a PNG, JPEG or WEBP file"
+            raise ApiError(422, "image_missing", message, param="image")
+        message = f"video: missing, and {name} changes one; send an MP4, MOV, WEBM or MKV file"
+        raise ApiError(422, "video_missing", message, param="video")
+    if ask.fields.strength is not None and ask.source != "video":
+        message = "strength: it says how much of a video is changed, and there is no video; leave it out, or send one"
+        raise ApiError(422, "strength_without_video", message, param="strength")
 
 
 def _deadline(moment: float, within_s: float) -> float | None:
@@ -87,12 +120,12 @@ class JobStore(Store[Record]):
 
     # --- submit ---------------------------------------------------------------------------------------------------
 
-    def submit(self, principal: Principal, ask: Ask, image: bytes) -> tuple[Record, bool]:
+    def submit(self, principal: Principal, ask: Ask, data: bytes) -> tuple[Record, bool]:
         """`reserve`, then `complete`. Returns the job, and whether this request has made it."""
         reserved = self.reserve(principal, ask)
         if isinstance(reserved, Record):
             return reserved, False
-        return self.complete(reserved, image), True
+        return self.complete(reserved, data), True
 
     def reserve(self, principal: Principal, ask: Ask) -> Reserved | Record:
         """Check a request and give it a place; or return the job that the same request has become before.
@@ -107,6 +140,7 @@ class JobStore(Store[Record]):
         if ask.fields.webhook_url is not None:
             webhooks.check_webhook_url(ask.fields.webhook_url, self._settings.private_hosts)
         prompt = self._prompt(card, ask.fields.prompt)
+        _check_source(card, ask)
         self._check_disk()
         request = admission.Request(
             id=new_id("vid"),
@@ -134,6 +168,8 @@ class JobStore(Store[Record]):
             webhook_url=ask.fields.webhook_url,
             metadata=ask.fields.metadata or {},
             remixed_from=ask.remixed_from,
+            source=ask.source,
+            strength=(ask.fields.strength or STRENGTH) if ask.source == "video" else None,
             start_by=_deadline(moment, ask.terms.start_within_s),
             finish_by=_deadline(moment, ask.terms.finish_within_s),
             expected_at=moment + admitted.wait_s + request.expected_s if fleet.seconds_of(card) else None,
@@ -142,17 +178,19 @@ class JobStore(Store[Record]):
         )
         return Reserved(record, card, request)
 
-    def complete(self, reserved: Reserved, image: bytes) -> Record:
-        """Clean and keep the image, write the record, enqueue it. What fails leaves nothing behind, its place neither.
+    def complete(self, reserved: Reserved, data: bytes) -> Record:
+        """Clean and keep what it is to be made from, write the record, enqueue it. What fails leaves nothing behind,
+        its place neither.
 
         Raises:
-            ApiError: what is wrong with the image.
+            ApiError: what is wrong with the image or video.
         """
-        record, size = reserved.record, reserved.card.video
+        record = reserved.record
         try:
-            picture = images.clean(image, size.width, size.height, self._settings.max_pixels)
+            clean = self._clean(reserved, data)
             try:
-                self._storage.write(input_path(record.id), picture)
+                if record.source != "none":
+                    self._storage.write(input_path(record.id, record.source), clean)
                 self.records.create(record)
                 self._enqueue(record.id)
             except BaseException:
@@ -162,6 +200,15 @@ class JobStore(Store[Record]):
             self.release(reserved)
             raise
         return record
+
+    def _clean(self, reserved: Reserved, data: bytes) -> bytes:
+        size = reserved.card.video
+        match reserved.record.source:
+            case "image":
+                return images.clean(data, size.width, size.height, self._settings.max_pixels)
+            case "video":
+                return clips.clean(data, size)
+        return b""
 
     def release(self, reserved: Reserved) -> None:
         """Give a place back: what it was reserved for has failed."""
@@ -226,7 +273,7 @@ class JobStore(Store[Record]):
         self.records.delete(job_id, record.owner)
 
     def _remove_files(self, job_id: str) -> None:
-        self._storage.delete_many([input_path(job_id), *(output_path(job_id, suffix) for suffix in OUTPUT_SUFFIXES)])
+        self._storage.delete_many([*input_paths(job_id), *(output_path(job_id, suffix) for suffix in OUTPUT_SUFFIXES)])
 
     # --- upkeep ---------------------------------------------------------------------------------------------------
 

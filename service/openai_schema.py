@@ -201,14 +201,14 @@ def nested(items: Iterable[tuple[str, object]]) -> dict[str, Any]:
     return values
 
 
-def picture_in(reference: object) -> str | bytes:
-    """What an ``input_reference`` holds: a file's bytes, or the text of a URL.
+def reference_in(reference: object) -> str | bytes | None:
+    """What an ``input_reference`` holds: a file's bytes, or the text of a URL; None where there is none.
 
-    It may be that itself, an object of it as ``image_url`` or ``url``, such an object in ``image_url`` again, any of
-    these as JSON text, or alone in a list.
+    It may be that itself, an object of it as ``image_url``, ``video_url`` or ``url``, such an object in one of these
+    again, any of these as JSON text, or alone in a list.
 
     Raises:
-        ApiError: 422 there is nothing of the kind.
+        ApiError: 422 it is nothing of the kind.
     """
     found = reference
     for _ in range(5):  # nothing that clients send is deeper
@@ -217,21 +217,24 @@ def picture_in(reference: object) -> str | bytes:
         elif isinstance(found, list) and len(found) == 1:
             [found] = found
         elif isinstance(found, dict):
-            if "file_id" in found and not found.keys() & {"image_url", "url"}:
-                message = "input_reference: got a file_id, and no files are kept here; send the image or a data URL"
+            member = next((name for name in _URLS if name in found), None)
+            if "file_id" in found and member is None:
+                message = "input_reference: got a file_id, and no files are kept here; send the file or a data URL"
                 raise ApiError(422, "file_id_not_supported", message, param="input_reference")
-            found = found.get("image_url", found.get("url"))
+            found = found[member] if member else None
         else:
             break
     if found is None or found == "":
-        message = "input_reference: missing; send a PNG, JPEG or WEBP file, or a data URL"
-        raise ApiError(422, "image_missing", message, param="input_reference")
+        return None
     if isinstance(found, str):
         return found.strip()
     if not isinstance(found, bytes):
-        message = f"input_reference: got {type(found).__name__}; wanted one image, as a file or a data URL"
+        message = f"input_reference: got {type(found).__name__}; wanted one image or video, as a file or a data URL"
         raise ApiError(422, "invalid_field", message, param="input_reference")
     return found
+
+
+_URLS = ("image_url", "video_url", "url")
 
 
 def _parse(text: str) -> object:

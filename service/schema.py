@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator
 
-from worker.contract import Heartbeat, JobRecord, ModelCard, Phase, Record, Seed, Status
+from worker.contract import STRENGTH, Heartbeat, JobRecord, ModelCard, Phase, Record, Seed, Source, Status
 
 Sign = Callable[[str, Record], str]
 """A file's path and its job -> the query that opens it, or "" where none is needed."""
@@ -28,7 +28,7 @@ Metadata = Annotated[dict[Text, Text], AfterValidator(_is_short)]
 
 
 class GenerateFields(BaseModel):
-    """The fields of `POST /generate` beside the image. What is not listed here is refused."""
+    """The fields of `POST /generate` beside image and video. What is not listed here is refused."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -36,6 +36,12 @@ class GenerateFields(BaseModel):
     seed: Seed | None = Field(default=None, description="Of the starting noise; drawn at random when absent")
     model: Text | None = Field(
         default=None, description="One of `/models` by name, or exactly by id; the first when absent"
+    )
+    strength: float | None = Field(
+        default=None,
+        gt=0,
+        le=1,
+        description=f"Of a `video`, how much is changed: the nearest of the model's noise levels; else {STRENGTH}",
     )
     steps: int | None = Field(default=None, description="Only the model's own number of steps is possible")
     webhook_url: Text | None = Field(default=None, description="Is sent a signed message when the job is over")
@@ -106,6 +112,11 @@ class Generation(BaseModel):
     model_sha256: str | None = Field(default=None, description="Identity of the model that made it")
     engine: str | None = Field(default=None, description="What ran that model, and where", examples=["ort-cpu"])
     seed: int
+    source: Source = Field(description="What it is made from, beside the sentence")
+    strength: float | None = Field(default=None, description="Where that is a video: how much of it is changed")
+    first_step: int | None = Field(
+        default=None, description="The model's step that it was begun at then (0 is the first), once it is done"
+    )
     metadata: dict[str, str] = {}
     webhook_url: str | None = None
     webhook: WebhookState | None = Field(default=None, description="Once the job is over, where it has a webhook_url")
@@ -230,6 +241,9 @@ def generation(
         model_sha256=record.model_sha256,
         engine=record.engine,
         seed=record.seed,
+        source=record.source,
+        strength=record.strength,
+        first_step=record.first_step,
         metadata=record.metadata,
         webhook_url=record.webhook_url,
         webhook=webhook,

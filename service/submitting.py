@@ -1,4 +1,4 @@
-"""What every way of asking for a video has in common, whatever its wire format: headers, image, removal."""
+"""What every way of asking for a video has in common, whatever its wire format: headers, its source, removal."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ import math
 import re
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Literal
 
 from fastapi import Depends, Header, Request
 from starlette.concurrency import run_in_threadpool
 
-from service import events, fetch, images
+from service import clips, events, fetch, images
 from service.admission import Terms
 from service.auth import Principal
 from service.deps import Context
@@ -20,7 +20,7 @@ from service.errors import ApiError
 from service.jobs import Ask
 from service.schema import GenerateFields
 from worker import tracing
-from worker.contract import Record
+from worker.contract import Record, Source
 
 _STOP_S = 15
 """How long a DELETE waits for a running job's next step."""
@@ -37,11 +37,24 @@ class ImageUrl:
     url: str
 
 
-Image = bytes | ImageUrl
+@dataclass(frozen=True)
+class Given:
+    """What a video is to be made from."""
+
+    source: Source
+    data: bytes | ImageUrl = b""
 
 
-def image_of(text: str, context: Context) -> Image:
-    """The image that a text names: a data URL's bytes, or where to fetch it. Raises ``ApiError`` 422."""
+def given(source: Literal["image", "video"], data: str | bytes, context: Context) -> Given:
+    """From a file's bytes or from text: a data URL, or where to fetch an image. Raises ``ApiError`` 422."""
+    if isinstance(data, bytes):
+        return Given(source, data)
+    if source == "video":
+        return Given(source, clips.from_data_url(data))
+    return Given(source, _image_of(data, context))
+
+
+def _image_of(text: str, context: Context) -> bytes | ImageUrl:
     if not re.match(r"https?://", text, re.IGNORECASE):
         return images.from_data_url(text)
     if not context.settings.url_images:
@@ -60,12 +73,13 @@ class SubmitHeaders:
     terms: Terms
     request_id: str | None
 
-    def ask(self, fields: GenerateFields, image: Image, remixed_from: str | None = None) -> Ask:
+    def ask(self, fields: GenerateFields, start: Given, remixed_from: str | None = None) -> Ask:
         """The request as the store takes it."""
-        source = image.url.encode() if isinstance(image, ImageUrl) else image
+        data = start.data.url.encode() if isinstance(start.data, ImageUrl) else start.data
         return Ask(
             fields=fields,
-            image_sha256=hashlib.sha256(source).hexdigest(),
+            source=start.source,
+            source_sha256=hashlib.sha256(data).hexdigest(),
             terms=self.terms,
             request_id=self.request_id,
             trace=tracing.current_traceparent(),
@@ -116,22 +130,22 @@ async def submit(
     principal: Principal,
     headers: SubmitHeaders,
     fields: GenerateFields,
-    image: Image,
+    start: Given,
     remixed_from: str | None = None,
 ) -> tuple[Record, bool]:
     """The job that a request becomes, and whether it is new. Raises ``ApiError``."""
-    store = context.store
-    if not isinstance(image, ImageUrl):
-        return await run_in_threadpool(lambda: store.submit(principal, headers.ask(fields, image, remixed_from), image))
-    reserved = await run_in_threadpool(store.reserve, principal, headers.ask(fields, image, remixed_from))
+    store, ask, data = context.store, headers.ask(fields, start, remixed_from), start.data
+    if not isinstance(data, ImageUrl):
+        return await run_in_threadpool(lambda: store.submit(principal, ask, data))
+    reserved = await run_in_threadpool(store.reserve, principal, ask)
     if isinstance(reserved, Record):
         return reserved, False
     try:
-        data = await fetch.fetch_image(context.outside, image.url, context.settings.max_body_bytes, _FETCH_S)
+        fetched = await fetch.fetch_image(context.outside, data.url, context.settings.max_body_bytes, _FETCH_S)
     except BaseException:
         await run_in_threadpool(store.release, reserved)
         raise
-    return await run_in_threadpool(store.complete, reserved, data), True
+    return await run_in_threadpool(store.complete, reserved, fetched), True
 
 
 async def remove(context: Context, job_id: str, owner: str) -> None:

@@ -59,6 +59,14 @@ def engines(tmp_path_factory) -> Path:
     return tmp_path_factory.mktemp("engines")
 
 
+@pytest.fixture(scope="session")
+def real_models(tmp_path_factory):
+    """Wan and HunyuanVideo at tiny size, from a download to a student, each made once."""
+    from tests.real_models import RealModels  # with torch, which most tests of the service do without
+
+    return RealModels(tmp_path_factory.mktemp("real"))
+
+
 @pytest.fixture(autouse=True, scope="session")
 def _clean_environment(engines) -> Iterator[None]:
     """What a developer has set must not change what the tests see."""

@@ -40,7 +40,7 @@ CARD = ModelCard(
 class HeldPipeline:
     """Stands where `VideoPipeline` stands."""
 
-    card = SimpleNamespace(name="grey", sha256="0" * 64, call={}, video=VIDEO)
+    card = SimpleNamespace(name="grey", sha256="0" * 64, task="ti2v", call={}, video=VIDEO)
     choice = SimpleNamespace(name="none", reason="there is no model", decoder=SimpleNamespace(name="grey"))
     model_card = CARD
     device, threads = "cpu", 1
@@ -50,7 +50,7 @@ class HeldPipeline:
 
     def denoise(self, _image, _prompt, *, seed, on_progress):
         self._hold("denoise", seed, lambda: on_progress(Phase.DENOISING, 0.4))
-        return SimpleNamespace(seed=seed, timings_s={Phase.DENOISING: 0.1})
+        return SimpleNamespace(seed=seed, timings_s={Phase.DENOISING: 0.1}, first_step=None)
 
     def decode(self, denoised, *, on_progress):
         for piece in range(4):

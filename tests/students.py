@@ -37,6 +37,21 @@ def make_student(out: Path, name: str = "shapes-4step", factor: float = 1.05, *,
     return write_student(out, TEACHER, read_card(BUNDLED).model_copy(update={"name": name}), save_parts)
 
 
+def make_t2v_student(out: Path, name: str = "shapes-t2v") -> Card:
+    """A text-to-video student: the bundled one's networks in the stock pipeline that is given no first frame."""
+
+    def save_parts(aside: Path) -> None:
+        for part in ("transformer", "scheduler"):
+            shutil.copytree(BUNDLED / part, aside / part)
+        index = json.loads((BUNDLED / "model_index.json").read_text())
+        index |= {"_class_name": "WanPipeline", "expand_timesteps": False}
+        parts = {key: value for key, value in index.items() if not key.startswith("image_")}
+        (aside / "model_index.json").write_text(json.dumps(parts, indent=2))
+
+    changes = {"name": name, "backbone": "wan-t2v", "task": "t2v"}
+    return write_student(out, TEACHER, read_card(BUNDLED).model_copy(update=changes), save_parts)
+
+
 def passed(against: str) -> GateSummary:
     """A verdict that lets a student be served in the place of another."""
     return GateSummary(passed=True, refusals=[], against=against, recipe="shapes", at=0.0)

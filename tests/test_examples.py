@@ -20,7 +20,7 @@ import httpx
 import pytest
 from standardwebhooks import Webhook
 
-from service import images, webhooks
+from service import images, transcode, webhooks
 from service.auth import Keys, new_key
 from service.schema import MAX_METADATA, Generation
 from service.settings import Settings
@@ -299,8 +299,8 @@ def named(text: str) -> set[str]:
 
 
 def codes_of(package: str) -> set[str]:
-    """Every text that stands where calls of `ApiError`, `body` and `fail` have an error's code."""
-    place = {"ApiError": 1, "body": 1, "fail": 2}
+    """Every text that stands where calls of `ApiError`, `Refusal`, `body` and `fail` have an error's code."""
+    place = {"ApiError": 1, "Refusal": 0, "body": 1, "fail": 2}
     found = set()
     for path in (ROOT / package).rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):
@@ -320,6 +320,7 @@ def test_the_limits_of_the_guide_are_those_of_the_service():
     for text in (
         f"| {settings.max_body_bytes / 2**20:g} MiB |",
         f"| {settings.max_pixels:,} pixels, {images.MIN_SIDE} to {images.MAX_SIDE:,} a side |",
+        f"| {transcode.MAX_PIXELS:,} pixels a frame, {transcode.MIN_SIDE} a side at least; {transcode.MAX_SECONDS} s; ",
         f"| 2000 characters; {webhooks.MAX_URL}; {MAX_METADATA} as JSON |",
         f"| {settings.key_max_jobs}; {settings.key_per_minute} |",
         f"| {settings.max_queued}; {settings.max_wait_s:g} |",

@@ -15,6 +15,7 @@ Programs of two releases work on one Redis while one replaces the other, so what
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from enum import StrEnum
 from typing import Annotated, Any, ClassVar, Literal, Self
 
@@ -57,6 +58,12 @@ JobId = Annotated[str, StringConstraints(pattern=r"^vid_[0-9a-z]{26}$")]
 DistillationId = Annotated[str, StringConstraints(pattern=r"^dist_[0-9a-z]{26}$")]
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
 """A JSON number that every client keeps exact."""
+Source = Literal["image", "video", "none"]
+"""What a video is made from, beside the sentence."""
+TAKES: dict[str, tuple[Source, ...]] = {"ti2v": ("image",), "t2v": ("none", "video"), "v2v": ("video",)}
+"""What the models of each task make videos from."""
+STRENGTH = 0.7
+"""Of a video to start from, where the request does not say."""
 
 
 def otherwise(value: object) -> WrapValidator:
@@ -123,6 +130,8 @@ class JobRecord(BaseModel):
     """What holds until such a job has begun for the first time, and its value from then on."""
     anew: ClassVar[dict[str, Any]] = {}
     """Fields that each attempt begins with; the others go on from where the one before ended."""
+    new: ClassVar[dict[str, Any]] = {"deaths": 0}
+    """Fields that older programs do not know, and what they say nothing with."""
 
     id: str
     status: Status
@@ -177,7 +186,7 @@ class JobRecord(BaseModel):
 
         So is a field that is new while it says nothing: programs of commit 67bc40d read no record that has one.
         """
-        silent = set() if self.deaths else {"deaths"}
+        silent = {name for name, nothing in self.new.items() if getattr(self, name) == nothing}
         values = self.model_dump(mode="json", exclude_none=True, exclude=silent)
         return {name: value if isinstance(value, str) else json.dumps(value) for name, value in values.items()}
 
@@ -198,6 +207,7 @@ class Record(JobRecord):
     queued_key = "flg:queued"
     once: ClassVar[dict[str, Any]] = {"start_by": None}
     anew: ClassVar[dict[str, Any]] = {"progress": 0.0}
+    new: ClassVar[dict[str, Any]] = {**JobRecord.new, "source": "image"}
 
     id: JobId
     prompt: str
@@ -222,6 +232,11 @@ class Record(JobRecord):
     metadata: dict[str, str] = {}
     """The client's own notes; nothing here reads them."""
     remixed_from: JobId | None = None
+    source: Source = "image"
+    strength: float | None = None
+    """How much of a video to start from is noise when its denoising begins, above 0 to 1: as it was asked for."""
+    first_step: int | None = None
+    """The step that it began with then, 0 being the model's first: the one whose noise level is nearest to that."""
     start_by: float | None = None
     """A job that has not begun by then fails."""
     finish_by: float | None = None
@@ -413,12 +428,21 @@ class ModelCard(BaseModel):
     num_inference_steps: int
     video: VideoSize
     prompt: Prompt
+    # Not written where there are none: programs of commit 67bc40d read no card that has this.
+    sigmas: tuple[float, ...] = Field(default=(), exclude_if=lambda sigmas: not sigmas)
+    """Of a model that takes videos: the noise levels of its steps, the first one first. What ``strength`` chooses from.
+    """
 
     @computed_field  # type: ignore[prop-decorator]
     @property
     def id(self) -> str:
         """What a request calls exactly this model."""
         return model_id(self.name, self.sha256)
+
+    @property
+    def takes(self) -> tuple[Source, ...]:
+        """What it makes videos from."""
+        return TAKES.get(self.task, ("image",))
 
     @property
     def pace(self) -> str:
@@ -615,9 +639,23 @@ def sample_path(job_id: str, name: str) -> str:
     return f"samples/{job_id}.{name}"
 
 
-def input_path(job_id: str) -> str:
-    """The cleaned input image, relative to the storage root."""
-    return f"inputs/{job_id}.png"
+def input_path(job_id: str, source: Source = "image") -> str:
+    """The cleaned image or video that a job is made from, relative to the storage root."""
+    return f"inputs/{job_id}.{_INPUT_SUFFIXES[source]}"
+
+
+_INPUT_SUFFIXES: dict[Source, str] = {"image": "png", "video": "mp4"}
+
+
+def input_paths(job_id: str) -> list[str]:
+    """Wherever that may be."""
+    return [input_path(job_id, source) for source in _INPUT_SUFFIXES]
+
+
+def first_step(sigmas: Sequence[float], strength: float) -> int:
+    """The step that a video is started at: the one whose noise level is nearest to ``strength``, of two that are
+    equally near the noisier."""
+    return min(range(len(sigmas)), key=lambda step: abs(sigmas[step] - strength))
 
 
 def output_path(job_id: str, suffix: str) -> str:

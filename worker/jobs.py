@@ -32,7 +32,18 @@ from rq.timeouts import JobTimeoutException
 
 from worker import logs, tracing, video
 from worker.attempts import attempt, fail, finish, hand_back, lost, ours
-from worker.contract import OUTPUT_SUFFIXES, SECONDS_KEY, Phase, Record, Status, input_path, model_id, output_path
+from worker.contract import (
+    OUTPUT_SUFFIXES,
+    SECONDS_KEY,
+    TAKES,
+    Phase,
+    Record,
+    Source,
+    Status,
+    input_path,
+    model_id,
+    output_path,
+)
 from worker.engine.errors import EngineLost, OutOfMemory
 from worker.flights import Cancelled, Flight, Interrupted, current
 from worker.metrics import Metrics, observe_cancel, observe_start, observe_success
@@ -40,12 +51,14 @@ from worker.records import Records, Refused, now
 from worker.storage import Storage
 
 if TYPE_CHECKING:
+    from distill.student import Video
     from worker.pipeline import Denoised, VideoPipeline
 
 log = logging.getLogger(__name__)
 
-_MADE_BY = ("model", "model_sha256", "engine")
-"""What the record takes over from the manifest."""
+_MADE_BY = ("model", "model_sha256", "engine", "first_step")
+"""What the record takes over from the manifest, where it has it."""
+_NAMES: dict[Source, str] = {"image": "an image", "video": "a video", "none": "a sentence alone"}
 _PAUSES_S = (0.5, 1.0, 2.0, 4.0, 8.0)
 """From one try of the storage to the next; the last again and again."""
 
@@ -152,6 +165,13 @@ def _attempt(runtime: Runtime, record: Record) -> Retry | None:
         )
         fail(runtime.records, record, "model_gone", message)
         return None
+    if record.source not in TAKES[pipeline.card.task]:  # it was accepted for the one before
+        message = (
+            f"{pipeline.model_card.id} (task {pipeline.card.task}) took the place of the model that this job was for, "
+            f"and makes nothing from {_NAMES[record.source]}; send it again as that one takes it"
+        )
+        fail(runtime.records, record, "model_gone", message)
+        return None
     record = record.model_copy(update={"model": pipeline.card.name})
     if record.start_by is not None and now() > record.start_by:
         message = "the job had not begun by its deadline for that (X-Deadline-Start)"
@@ -240,28 +260,28 @@ def _run(runtime: Runtime, pipeline: VideoPipeline, record: Record, flight: Flig
     started = time.monotonic()
     patiently = partial(_patiently, runtime, progress)
     if made := patiently(partial(_made_before, runtime, record)):
-        finish(runtime.records, record, Status.SUCCEEDED, progress=1.0, **{name: made[name] for name in _MADE_BY})
+        finish(runtime.records, record, Status.SUCCEEDED, progress=1.0, **_made_by(made))
         return
+    given: bytes | None = None
     try:
-        image_bytes = patiently(partial(runtime.storage.read, input_path(record.id)))
+        if record.source != "none":
+            given = patiently(partial(runtime.storage.read, input_path(record.id, record.source)))
     except FileNotFoundError:
-        fail(runtime.records, record, "input_missing", "the input image is no longer in the storage")
+        message = f"the input {record.source} is no longer in the storage"
+        fail(runtime.records, record, "input_missing", message)
         return
-    size = pipeline.card.video
-    with Image.open(io.BytesIO(image_bytes)) as image:
-        # As it is, unless another student with another size has been released since it was accepted.
-        fitted = ImageOps.fit(image.convert("RGB"), (size.width, size.height))
-        denoised = pipeline.denoise(fitted, record.prompt, seed=record.seed, on_progress=progress)
+    image, of_video = _input(pipeline.card.video, record, given)
+    denoised = pipeline.denoise(image, record.prompt, seed=record.seed, on_progress=progress, **of_video)
     tracing.phase_spans(denoised.timings_s)
     flight.leave_transformer()
     flight.wait_for_decoder(progress.again)
     try:
         mp4 = _decode_and_save(runtime, pipeline, record, denoised, progress)
         tracing.phase_spans({phase: denoised.timings_s[phase] for phase in (Phase.DECODING, Phase.SAVING)})
-        manifest = _manifest(pipeline, record, denoised.timings_s, image_bytes, mp4)
+        manifest = _manifest(pipeline, record, denoised, given, mp4)
         text = json.dumps(manifest, indent=2) + "\n"
         patiently(partial(_publish, runtime, record, "json", text.encode()))
-        finish(runtime.records, record, Status.SUCCEEDED, progress=1.0, **{name: manifest[name] for name in _MADE_BY})
+        finish(runtime.records, record, Status.SUCCEEDED, progress=1.0, **_made_by(manifest))
     except Refused as refused:
         if refused.found != "missing":
             raise
@@ -270,6 +290,23 @@ def _run(runtime: Runtime, pipeline: VideoPipeline, record: Record, flight: Flig
         return
     observe_success(runtime.metrics, record, denoised.timings_s, now())
     _learn_duration(runtime, pipeline.model_card.pace, started, time.monotonic())
+
+
+def _input(size: Video, record: Record, given: bytes | None) -> tuple[Image.Image | None, dict[str, Any]]:
+    """What `VideoPipeline.denoise` starts from: the image, and what goes with a video.
+
+    They are as they were kept, unless another student with another size has been released since.
+    """
+    if given is None:
+        return None, {}
+    if record.source == "video":
+        return None, {"video_THWC": video.read_input(given, size), "strength": record.strength}
+    with Image.open(io.BytesIO(given)) as image:
+        return ImageOps.fit(image.convert("RGB"), (size.width, size.height)), {}
+
+
+def _made_by(manifest: dict[str, Any]) -> dict[str, Any]:
+    return {name: manifest[name] for name in _MADE_BY if name in manifest}
 
 
 def _decode_and_save(
@@ -358,10 +395,13 @@ def _learn_duration(runtime: Runtime, pace: str, started: float, ended: float) -
 
 
 def _manifest(
-    pipeline: VideoPipeline, record: Record, timings_s: dict[Phase, float], image: bytes, mp4: bytes
+    pipeline: VideoPipeline, record: Record, denoised: Denoised, given: bytes | None, mp4: bytes
 ) -> dict[str, Any]:
     """Everything that made this video what it is."""
     card, choice = pipeline.card, pipeline.choice
+    source: dict[str, Any] = {} if given is None else {"input_sha256": hashlib.sha256(given).hexdigest()}
+    if (first := denoised.first_step) is not None:
+        source |= {"strength": record.strength, "first_step": first, "first_sigma": card.sigmas[first]}
     return {
         "id": record.id,
         "prompt": record.prompt,
@@ -372,10 +412,10 @@ def _manifest(
         "engine": choice.name,
         "engine_reason": choice.reason,
         "decoder": choice.decoder.name,
-        "input_sha256": hashlib.sha256(image).hexdigest(),
+        **source,
         "video_sha256": hashlib.sha256(mp4).hexdigest(),
         "video": card.video.model_dump(),
-        "timings_s": {phase: round(seconds, 4) for phase, seconds in timings_s.items()},
+        "timings_s": {phase: round(seconds, 4) for phase, seconds in denoised.timings_s.items()},
         "attempt": record.attempt,
         "machine": {
             "processor": platform.machine(),

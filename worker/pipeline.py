@@ -1,4 +1,4 @@
-"""`VideoPipeline`: an image and a sentence in, frames out. No queue, no HTTP.
+"""`VideoPipeline`: a sentence and an image or a video in, as the model takes them; frames out. No queue, no HTTP.
 
 Around the stock diffusers pipeline, its transformer replaced by an engine. `denoise` and `decode` are two calls: one
 job's decoding can go on beside the next one's denoising. A caller may stop the work between steps by raising from
@@ -11,9 +11,10 @@ import copy
 import os
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import wraps
 from pathlib import Path
 from typing import Any
 
@@ -28,9 +29,9 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from distill import student
+from distill import schedule, student
 from distill.backbones import base as backbones
-from worker.contract import ModelCard, Phase, VideoSize
+from worker.contract import TAKES, ModelCard, Phase, Source, VideoSize, first_step
 from worker.engine import choice, memory
 from worker.engine.base import Engine, Observed
 from worker.engine.batching import BatchingEngine
@@ -98,6 +99,8 @@ class Denoised:
 
     latents_BCTHW: Tensor
     timings_s: dict[Phase, float]
+    first_step: int | None = None
+    """Where it was started from a video: the step that it began with."""
 
 
 @dataclass(frozen=True)
@@ -126,22 +129,32 @@ class VideoPipeline:
             library.utils.logging.set_verbosity_error()
         self._folder = folder
         self.card = student.read_card(folder)
+        self._takes: tuple[Source, ...] = TAKES[self.card.task]
+        self._backbone = backbones.load(self.card.backbone, self.card.task)
         self.device = options.device
         self.threads = options.threads
         dtype = torch.float32 if self.device == "cpu" else torch.bfloat16
         self._pipe: Any = diffusers.DiffusionPipeline.from_pretrained(folder, dtype=dtype, local_files_only=True)
         memory.place(self._pipe, offload=wanted.offload, casting=wanted.casting, device=torch.device(self.device))
         self._pipe.set_progress_bar_config(disable=True)
-        self._texts = LRUCache[str, tuple[Tensor, Tensor | None]](options.text_cache_bytes, getsizeof=_bytes)
+        self._texts = LRUCache[str, dict[str, Any]](options.text_cache_bytes, getsizeof=_bytes)
         self._text_lock = threading.Lock()
         # Of the time that each phase takes, for the progress: a guess that each call replaces by what it measured.
         self._shares = {Phase.ENCODING: 0.05, Phase.DENOISING: 0.75, Phase.DECODING: 0.2}
         self.first_tiles: NDArray[np.float32] | None = None
         """What the clip of the first `warm_up` looked like in little."""
         self._decoding_stream: Any = torch.cuda.Stream() if self.device == "cuda" else None  # type: ignore[no-untyped-call]
+        network = self._backbone.network(self._pipe)
+        self._guided = self._backbone.guidance_at(network, self.card.call, 1.0) > 1
+        others = [name for name in self._backbone.networks(network) if name != "transformer"]
+        choice.check_experts(wanted, len(others))
         with torch.no_grad():
-            self.choice = choice.choose(self._model(), wanted)
-        self._pipe.transformer = self.choice.engine
+            model = self._model()
+            self.choice = choice.choose(model, wanted)
+            self._engines = {"transformer": self.choice.engine}
+            self._engines |= {name: choice.choose_other(model, name, wanted, self.choice) for name in others}
+        for name, engine in self._engines.items():
+            setattr(self._pipe, name, engine)
 
     @property
     def model_card(self) -> ModelCard:
@@ -154,6 +167,7 @@ class VideoPipeline:
             num_inference_steps=self.card.call["num_inference_steps"],
             video=VideoSize(**self.card.video.model_dump()),
             prompt=self.card.prompt,
+            sigmas=self.card.sigmas if "video" in self._takes else (),
         )
 
     @property
@@ -163,7 +177,13 @@ class VideoPipeline:
 
     def warm_up(self, on_progress: OnProgress = lambda _phase, _share: None) -> Result:
         """One whole call, always the same, so that the first job meets no lazy initialisation."""
-        result = self(self._grey(), self.card.prompt.examples[0], seed=0, on_progress=on_progress)
+        size = self.card.video
+        image = self._grey() if "image" in self._takes else None
+        of_video: dict[str, Any] = {}
+        if self._takes[0] == "video":
+            grey_THWC = np.full((size.num_frames, size.height, size.width, 3), 128, np.uint8)
+            of_video = {"video_THWC": grey_THWC, "strength": 1.0}
+        result = self(image, self.card.prompt.examples[0], seed=0, on_progress=on_progress, **of_video)
         if self.first_tiles is None:
             self.first_tiles = tiles(result.frames_THWC)
         return result
@@ -175,38 +195,55 @@ class VideoPipeline:
         memory.free()
 
     def __call__(
-        self, image: Image.Image, prompt: str, *, seed: int, on_progress: OnProgress = lambda _phase, _share: None
+        self,
+        image: Image.Image | None,
+        prompt: str,
+        *,
+        seed: int,
+        video_THWC: NDArray[np.uint8] | None = None,
+        strength: float | None = None,
+        on_progress: OnProgress = lambda _phase, _share: None,
     ) -> Result:
         """Generate one clip: see ``denoise`` and ``decode``."""
-        denoised = self.denoise(image, prompt, seed=seed, on_progress=on_progress)
+        denoised = self.denoise(
+            image, prompt, seed=seed, video_THWC=video_THWC, strength=strength, on_progress=on_progress
+        )
         frames_THWC = np.concatenate(list(self.decode(denoised, on_progress=on_progress)))
         return Result(frames_THWC, denoised.timings_s)
 
     @torch.no_grad()
     def denoise(
-        self, image: Image.Image, prompt: str, *, seed: int, on_progress: OnProgress = lambda _phase, _share: None
+        self,
+        image: Image.Image | None,
+        prompt: str,
+        *,
+        seed: int,
+        video_THWC: NDArray[np.uint8] | None = None,
+        strength: float | None = None,
+        on_progress: OnProgress = lambda _phase, _share: None,
     ) -> Denoised:
         """Make the latents of one clip.
 
         Args:
-            image: RGB, of the model's size.
+            image: RGB, of the model's size; for a model that takes one.
             prompt: in the model's canonical form.
             seed: of the starting noise; same seed, model, machine, engine and thread count give the same frames.
+            video_THWC: RGB, of the model's size and number of frames: what to start from, for a model that takes one.
+            strength: of it, above 0 to 1: noise is laid over it up to the one of the model's noise levels that is
+                nearest to this, and the steps from there on are made.
             on_progress: see ``OnProgress``.
 
         Raises:
-            ValueError: the image has another size.
+            ValueError: the model takes no such input, or it has another size.
         """
-        size = (self.card.video.width, self.card.video.height)
-        if image.size != size:
-            raise ValueError(f"the image is {image.size[0]} x {image.size[1]}; this model takes {size[0]} x {size[1]}")
-        call = dict(self.card.call)
+        self._check(image, video_THWC, strength)
+        call, num_steps, first = self._backbone.arguments(self.card.call), len(self.card.sigmas), 0
         marks = [self._clock()]
         encode_share, denoise_share = self._shares[Phase.ENCODING], self._shares[Phase.DENOISING]
 
-        # 1. Encode the sentence here; the stock call encodes the image before its first step.
+        # 1. Encode the sentence here, and a video; the stock call encodes an image before its first step.
         on_progress(Phase.ENCODING, 0.0)
-        embeds, negative_embeds = self._encode_text(prompt)
+        call |= self._encode_text(prompt, image)
 
         # 2. Denoise. The transformer's first call marks the end of the encoding.
         def first_call(_inputs: dict[str, Tensor]) -> None:
@@ -215,35 +252,68 @@ class VideoPipeline:
                 on_progress(Phase.DENOISING, encode_share)
 
         steps_done: list[Any] = []
+        stepped: list[Tensor] = []
 
-        def step_end(_pipe: Any, step: int, _timestep: Any, values: dict[str, Any]) -> dict[str, Any]:
+        def step_end(done: int, made_BCTHW: Tensor) -> None:
+            stepped[:] = [made_BCTHW]
             if self.device == "cuda":
                 # Python runs ahead of the GPU. What is reported is what the GPU has done: the step before this one,
                 # so that it always has a step to go on with.
                 steps_done.append(torch.cuda.current_stream().record_event())
-                if step == 0:
-                    return values
-                steps_done[step - 1].synchronize()
-                step -= 1
-            done = (step + 1) / call["num_inference_steps"]
-            on_progress(Phase.DENOISING, encode_share + denoise_share * done)
-            return values
+                if done == 1:
+                    return
+                done -= 1
+                steps_done[done - 1].synchronize()
+            on_progress(Phase.DENOISING, encode_share + denoise_share * done / (num_steps - first))
 
         with self._taking_part(), _engine_errors():
-            latents_BCTHW = self._own_pipe(Observed(self.choice.engine, first_call))(
-                image=image,
-                prompt_embeds=embeds,
-                negative_prompt_embeds=negative_embeds,
+            if image is not None:
+                call["image"] = image
+            if video_THWC is not None and strength is not None:
+                first = first_step(self.card.sigmas, strength)
+                call["latents"] = self._noisy(video_THWC, self.card.sigmas[first], seed)
+            scheduler = _telling(schedule.started_at(self._pipe.scheduler, first), step_end)
+            engines = {name: Observed(engine, first_call) for name, engine in self._engines.items()}
+            given_BCTHW = self._own_pipe(engines, scheduler)(
                 generator=torch.Generator("cpu").manual_seed(seed),
                 output_type="latent",
-                callback_on_step_end=step_end,
                 return_dict=False,
                 **call,
             )[0]
+            latents_BCTHW = self._backbone.latents_to_decode(given_BCTHW, stepped[0])
         marks.append(self._clock())
         timings_s = {Phase.ENCODING: marks[1] - marks[0], Phase.DENOISING: marks[2] - marks[1]}
         on_progress(Phase.DECODING, encode_share + denoise_share)
-        return Denoised(latents_BCTHW, timings_s)
+        return Denoised(latents_BCTHW, timings_s, first if video_THWC is not None else None)
+
+    def _check(self, image: Image.Image | None, video_THWC: NDArray[np.uint8] | None, strength: float | None) -> None:
+        """Whether the model takes this. Raises ``ValueError``."""
+        got: Source = "image" if image is not None else "video" if video_THWC is not None else "none"
+        if got not in self._takes:
+            takes = " or ".join(self._takes)
+            raise ValueError(f"the input is {got}; {self.card.name} (task {self.card.task}) takes {takes}")
+        size = self.card.video
+        if image is not None and image.size != (size.width, size.height):
+            raise ValueError(
+                f"the image is {image.size[0]} x {image.size[1]}; this model takes {size.width} x {size.height}"
+            )
+        if video_THWC is not None and video_THWC.shape != (size.num_frames, size.height, size.width, 3):
+            raise ValueError(
+                f"the video is {video_THWC.shape}; this model takes {size.num_frames} frames of "
+                f"{size.width} x {size.height}"
+            )
+        if (strength is None) != (video_THWC is None) or (strength is not None and not 0 < strength <= 1):
+            raise ValueError(f"strength is {strength}; wanted a number above 0 and up to 1 with a video, else none")
+
+    def _noisy(self, video_THWC: NDArray[np.uint8], sigma: float, seed: int) -> Tensor:
+        """Latents of a video with noise over them: x_sigma = (1 - sigma) x_0 + sigma noise."""
+        device = self._pipe._execution_device  # where weights come to that wait elsewhere
+        video_BCTHW = torch.from_numpy(video_THWC).permute(3, 0, 1, 2)[None].to(device).float() / 127.5 - 1
+        # The autoencoder remembers things.
+        x0_BCTHW: Tensor = self._backbone.encode_video(copy.copy(self._pipe.vae), video_BCTHW).float()
+        # As the stock pipelines draw it, so that a video of which nothing is left makes no difference.
+        noise_BCTHW = torch.randn(x0_BCTHW.shape, generator=torch.Generator("cpu").manual_seed(seed)).to(x0_BCTHW)
+        return (1 - sigma) * x0_BCTHW + sigma * noise_BCTHW
 
     def decode(
         self, denoised: Denoised, *, on_progress: OnProgress = lambda _phase, _share: None
@@ -283,11 +353,13 @@ class VideoPipeline:
             if waiting is None:
                 return
 
-    def _own_pipe(self, engine: Engine) -> Any:
-        """The stock pipeline for one call. Several may run at once, and scheduler and autoencoder remember things."""
+    def _own_pipe(self, engines: Mapping[str, Engine], scheduler: Any) -> Any:
+        """The stock pipeline for one call, with a scheduler of its own. Several may run at once, and scheduler and
+        autoencoder remember things."""
         pipe = copy.copy(self._pipe)
-        pipe.transformer = engine
-        pipe.scheduler = copy.deepcopy(self._pipe.scheduler)
+        for name, engine in engines.items():
+            setattr(pipe, name, engine)
+        pipe.scheduler = scheduler
         pipe.vae = copy.copy(self._pipe.vae)
         return pipe
 
@@ -295,50 +367,49 @@ class VideoPipeline:
         engine = self.choice.engine
         return engine.taking_part() if isinstance(engine, BatchingEngine) else nullcontext()
 
-    def _encode_text(self, prompt: str) -> tuple[Tensor, Tensor | None]:
-        """Embeddings of the sentence, and of the empty one where the model is guided."""
+    def _encode_text(self, prompt: str, image: Image.Image | None) -> dict[str, Any]:
+        """What stands for the sentence in the stock call, and for the negative one where the model is guided."""
         with self._text_lock:
             if (found := self._texts.get(prompt)) is not None:
                 return found
-            return self._encode_anew(prompt)
+            return self._encode_anew(prompt, image)
 
-    def _encode_anew(self, prompt: str) -> tuple[Tensor, Tensor | None]:
-        guided, length = self.card.call["guidance_scale"] > 1, self.card.call["max_sequence_length"]
-        made: tuple[Tensor, Tensor | None] = self._pipe.encode_prompt(
-            prompt, None, guided, max_sequence_length=length, device=self._pipe.device
+    def _encode_anew(self, prompt: str, image: Image.Image | None) -> dict[str, Any]:
+        of, call = self._backbone, self.card.call
+        first_BCHW = None
+        if of.TEXT_SEES_IMAGE and image is not None:
+            first_BCHW = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None] / 127.5 - 1
+        unwanted = call.get("negative_prompt") or ""
+        made = of.text_inputs(
+            of.encode_text(self._pipe, [prompt], call, first_BCHW),
+            of.encode_text(self._pipe, [unwanted], call) if self._guided else None,
         )
-        if _bytes(made) <= self._texts.maxsize:
+        if first_BCHW is None and _bytes(made) <= self._texts.maxsize:
             self._texts[prompt] = made
         return made
 
     def _model(self) -> choice.Model:
-        """What engines are made from, with the inputs of a real call: one step of the stock pipeline."""
+        """What engines are made from, with the inputs of a real call: the first step of the stock pipeline."""
         seen: dict[str, Tensor] = {}
-        recorder = Observed(EagerEngine(self._pipe.transformer), seen.update)
-
-        def stop(_pipe: Any, _step: int, _timestep: Any, values: dict[str, Any]) -> dict[str, Any]:
-            raise _SeenEnough(values["latents"])
-
-        embeds, negative_embeds = self._encode_text(self.card.prompt.examples[0])
-        try:
-            self._own_pipe(recorder)(
-                image=self._grey(),
-                prompt_embeds=embeds,
-                negative_prompt_embeds=negative_embeds,
-                generator=torch.Generator("cpu").manual_seed(0),
-                callback_on_step_end=stop,
-                **self.card.call,
-            )
-            raise RuntimeError(f"{type(self._pipe).__name__} made a clip without ending a step")
-        except _SeenEnough as enough:
-            latents_BCTHW: Tensor = enough.args[0]
+        recorder = {"transformer": Observed(EagerEngine(self._pipe.transformer), seen.update)}
+        image = self._grey() if "image" in self._takes else None
+        call = self._backbone.arguments(self.card.call) | self._encode_text(self.card.prompt.examples[0], image)
+        stepped: list[Tensor] = []
+        one_step = _telling(schedule.started_at(self._pipe.scheduler, 0, 1), lambda _done, made: stepped.append(made))
+        given_BCTHW = self._own_pipe(recorder, one_step)(
+            **({} if image is None else {"image": image}),
+            generator=torch.Generator("cpu").manual_seed(0),
+            output_type="latent",
+            return_dict=False,
+            **call,
+        )[0]
         return choice.Model(
             pipe=self._pipe,
             folder=self._folder,
             card=self.card,
-            backbone=backbones.load(self.card.backbone, self.card.task),
+            backbone=self._backbone,
             inputs={name: value.contiguous() for name, value in seen.items()},
-            latents_BCTHW=latents_BCTHW,
+            latents_BCTHW=self._backbone.latents_to_decode(given_BCTHW, stepped[0]),
             threads=self.threads,
         )
 
@@ -366,8 +437,25 @@ def _engine_errors() -> Iterator[None]:
         raise
 
 
-class _SeenEnough(Exception):
-    """Ends the recording of a call."""
+def _telling(scheduler: Any, step_end: Callable[[int, Tensor], None]) -> Any:
+    """The scheduler itself, which from now on calls ``step_end`` after each step with the number of those made, and
+    with what it made.
+
+    Every stock pipeline asks its scheduler for each step once, however often it calls which transformer for it, and not
+    all of them take a callback.
+    """
+    step, done = scheduler.step, 0
+
+    @wraps(step)  # with its signature, which some pipelines look at
+    def told(*args: Any, **kwargs: Any) -> Any:
+        nonlocal done
+        made = step(*args, **kwargs)
+        done += 1
+        step_end(done, made[0])
+        return made
+
+    scheduler.step = told
+    return scheduler
 
 
 def _on_its_way(piece_BCTHW: Tensor) -> Callable[[], NDArray[np.uint8]]:
@@ -388,5 +476,5 @@ def _on_its_way(piece_BCTHW: Tensor) -> Callable[[], NDArray[np.uint8]]:
     return wait
 
 
-def _bytes(texts: tuple[Tensor, Tensor | None]) -> int:
-    return sum(text.nbytes for text in texts if text is not None)
+def _bytes(texts: Mapping[str, Any]) -> int:
+    return sum(text.nbytes for text in texts.values() if isinstance(text, Tensor))

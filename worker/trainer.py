@@ -15,6 +15,7 @@ from redis import Redis
 from rq import Worker
 
 from distill import recipes
+from distill.config import SHAPES
 from distill.student import FolderError, card_path, parse_card
 from worker import logs, training
 from worker.contract import TRAIN_OFFER_KEY, TRAIN_QUEUE, Distillation, Named, Offer
@@ -85,10 +86,11 @@ def main(command: Sequence[str] = training.COMMAND) -> int:
         pid=os.getpid(),
     )
     training.RUNTIME.set(runtime)
+    offered = _offered()
     offer = Offer(
-        recipes=tuple(recipes.RECIPES),
+        recipes=offered,
         teachers=tuple(teachers),
-        datasets=recipes.DATASETS,
+        datasets=tuple(dict.fromkeys(recipes.dataset_of(recipes.load(name, [])) for name in offered)),
         policy=settings.train_policy,
         window=str(settings.train_window) if settings.train_window else None,
         gpu=gpu,
@@ -97,6 +99,12 @@ def main(command: Sequence[str] = training.COMMAND) -> int:
     trainer = Trainer(connect(settings.redis_url, text=False), name, settings.lease_s, turns)
     trainer.work(logging_level="WARNING")
     return 0 if trainer.was_asked_to_stop else 1
+
+
+def _offered() -> tuple[str, ...]:
+    """Recipes whose clips are at hand."""
+    data = {name: recipes.load(name, []).data for name in recipes.RECIPES}
+    return tuple(name for name, of in data.items() if of == SHAPES or Path(of).is_dir())
 
 
 def _turns(settings: TrainerSettings, redis: Redis, gpu: str, name: str) -> Turns:

@@ -1,4 +1,4 @@
-"""Frames to files: MP4 that every browser plays and seeks in, and a thumbnail."""
+"""Frames to files: MP4 that every browser plays and seeks in, and a thumbnail. And back, for a video to start from."""
 
 from __future__ import annotations
 
@@ -13,10 +13,13 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO, Self
 
+import av
 import imageio_ffmpeg
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import Image, ImageOps
+
+from distill.student import Video
 
 _LOOK_S = 1.0
 _TILES = 8
@@ -127,6 +130,31 @@ def encode_mp4(frames_THWC: NDArray[np.uint8], fps: int) -> bytes:
     with Mp4Writer(width, height, fps) as writer:
         writer.write(frames_THWC)
         return writer.finish()
+
+
+def read_input(mp4: bytes, size: Video) -> NDArray[np.uint8]:
+    """Frames ``[T, H, W, 3]`` of a video to start from, which the service has made to the size of a model.
+
+    They are as they are, unless ``size`` is another one: then each is cropped and resized, the clip goes on at its own
+    pace, and its last frame stays where it is too short.
+
+    Raises:
+        EncodingError: it cannot be read.
+    """
+    try:
+        with av.open(io.BytesIO(mp4), "r", format="mp4") as container:
+            fps = float(container.streams.video[0].average_rate or size.fps)
+            frames = [np.asarray(frame.to_ndarray(format="rgb24"), np.uint8) for frame in container.decode(video=0)]
+    except (av.FFmpegError, IndexError) as error:
+        raise EncodingError(f"the video to start from cannot be read: {error}") from None
+    wanted = [min(round(i * fps / size.fps), len(frames) - 1) for i in range(size.num_frames)]
+    return np.stack([_fitted(frames[i], size) for i in wanted])
+
+
+def _fitted(frame_HWC: NDArray[np.uint8], size: Video) -> NDArray[np.uint8]:
+    if frame_HWC.shape[:2] == (size.height, size.width):
+        return frame_HWC
+    return np.asarray(ImageOps.fit(Image.fromarray(frame_HWC), (size.width, size.height)))
 
 
 def encode_thumbnail(frame_HWC: NDArray[np.uint8]) -> bytes:

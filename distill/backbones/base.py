@@ -17,7 +17,19 @@ from typing import Any, Protocol, cast
 
 from torch import Tensor, nn
 
-from distill.backbones import wan, wan_i2v, wan_t2v
+from distill.backbones import (
+    hunyuan15_autoencoder,
+    hunyuan15_i2v,
+    hunyuan15_t2v,
+    hunyuan_autoencoder,
+    hunyuan_i2v,
+    hunyuan_i2v_concat,
+    hunyuan_network,
+    hunyuan_t2v,
+    wan,
+    wan_i2v,
+    wan_t2v,
+)
 from distill.backbones.conditions import Conditions
 from distill.config import ConfigError
 
@@ -33,6 +45,9 @@ class Backbone(Protocol):
 
     GIVEN_FRAMES: int
     """Latent frames at the start that are given clean: no output is meant there, and no loss is taken."""
+
+    TEXT_SEES_IMAGE: bool
+    """Whether a prompt is encoded together with the given frame."""
 
     EXPORT_AXES: Mapping[str, tuple[int, ...]]
     """Of the transformer's inputs by name, the axes that may differ from call to call."""
@@ -84,6 +99,12 @@ class Backbone(Protocol):
     def latent_shape(self, pipe: Any, call: Call) -> tuple[int, int, int, int]:
         """C, T, H, W of what the stock pipeline denoises."""
 
+    def frames_of(self, call: Call) -> int:
+        """Of the video that a stock call gives."""
+
+    def latents_to_decode(self, given_BCTHW: Tensor, stepped_BCTHW: Tensor) -> Tensor:
+        """What ``decode_latents`` takes, of what a stock call gives as latents and what its last step gave."""
+
     def guidance_at(self, transformer: Any, call: Call, sigma: float) -> float:
         """Scale of classifier-free guidance of a stock call at a noise level, standard unit: 1 is none."""
 
@@ -123,6 +144,9 @@ class Backbone(Protocol):
 
     def decode_in_pieces(self, vae: Any, latents_BCTHW: Tensor) -> Iterator[Tensor]:
         """The same video, each piece as soon as it is decoded."""
+
+    FRAMES_IN_A_PIECE: int | None
+    """Video frames that it decodes at a time; None: all of them."""
 
     def decode_bytes(self, vae: Any, num_frames: int, height: int, width: int) -> int:
         """About what it takes to decode so many frames at a time."""
@@ -168,10 +192,19 @@ def _varied(*modules: ModuleType) -> Backbone:
     return cast(Backbone, SimpleNamespace(**{name: of for module in modules for name, of in vars(module).items()}))
 
 
+_HUNYUAN = (hunyuan_network, hunyuan_autoencoder, hunyuan_t2v)
+_HUNYUAN15 = (*_HUNYUAN, hunyuan15_autoencoder, hunyuan15_t2v)
+
+
 BACKBONES: dict[str, Backbone] = {
     "wan": wan,
     "wan-i2v": _varied(wan, wan_i2v),
     "wan-t2v": _varied(wan, wan_t2v),
+    "hunyuan-t2v": _varied(*_HUNYUAN),
+    "hunyuan-i2v": _varied(*_HUNYUAN, hunyuan_i2v),
+    "hunyuan-i2v-concat": _varied(*_HUNYUAN, hunyuan_i2v, hunyuan_i2v_concat),
+    "hunyuan15-t2v": _varied(*_HUNYUAN15),
+    "hunyuan15-i2v": _varied(*_HUNYUAN15, hunyuan15_i2v),
 }
 """By the name in a model's card."""
 

@@ -54,9 +54,13 @@ class Experts(nn.Module):
         dtype: torch.dtype = self.high.dtype
         return dtype
 
+    def is_high(self, sigma: Tensor) -> Tensor:
+        """Whether a noise level is the first one's."""
+        return sigma >= self.boundary
+
     def routed(self, sigma_B: Tensor, call: Callable[[Any, Tensor], Tensor]) -> Tensor:
         """Outputs of ``call(model, rows)`` for the rows of each model, put together in the clips' order."""
-        high_B = sigma_B >= self.boundary
+        high_B = self.is_high(sigma_B)
         rows = [mask_B.nonzero()[:, 0] for mask_B in (high_B, ~high_B)]
         order_B = torch.cat(rows).argsort()
         parts = [call(model, rows_B) for model, rows_B in zip(self.models, rows, strict=True) if len(rows_B)]

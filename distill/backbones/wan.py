@@ -23,6 +23,7 @@ from distill.backbones.conditions import Conditions
 
 TASKS: tuple[str, ...] = ("ti2v",)
 GIVEN_FRAMES = 1
+TEXT_SEES_IMAGE = False
 NUM_TRAIN_TIMESTEPS = 1000
 TEXT_TOKENS = 512
 """Of a context that begins with an image's tokens, where the stock attention cuts it."""
@@ -49,6 +50,7 @@ def decode_in_pieces(vae: Any, latents_BCTHW: Tensor) -> Iterator[Tensor]:
     return wan_autoencoder.decode_in_pieces(vae, _raw(vae, latents_BCTHW))
 
 
+FRAMES_IN_A_PIECE: int | None = 4
 decode_bytes = wan_autoencoder.decode_bytes
 
 
@@ -101,7 +103,7 @@ def encode_text(pipe: Any, prompts: list[str], call: Mapping[str, Any], first_BC
     ids_BL, mask_BL = tokenize(
         pipe.tokenizer, [prompt_clean(prompt) for prompt in prompts], call["max_sequence_length"]
     )
-    device = pipe.text_encoder.device
+    device = pipe._execution_device  # where weights come to that wait elsewhere
     return {"text": embed_tokens(pipe.text_encoder, ids_BL.to(device), mask_BL.to(device))}
 
 
@@ -136,10 +138,20 @@ def latent_shape(pipe: Any, call: Mapping[str, Any]) -> tuple[int, int, int, int
     )
 
 
+def frames_of(call: Mapping[str, Any]) -> int:
+    """As asked."""
+    return int(call["num_frames"])
+
+
+def latents_to_decode(given_BCTHW: Tensor, stepped_BCTHW: Tensor) -> Tensor:
+    """What the stock call gives."""
+    return given_BCTHW
+
+
 def guidance_at(transformer: Any, call: Mapping[str, Any], sigma: float) -> float:
     """Scale of classifier-free guidance at a noise level, standard unit: the low-noise expert may have its own."""
     scale: float = call["guidance_scale"]
-    if isinstance(transformer, experts.Experts) and sigma < transformer.boundary:
+    if isinstance(transformer, experts.Experts) and not bool(transformer.is_high(torch.tensor(sigma))):
         scale = call.get("guidance_scale_2") or scale
     return scale
 

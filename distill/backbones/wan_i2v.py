@@ -36,11 +36,12 @@ def encode_image(pipe: Any, first_BCHW: Tensor | None, call: Mapping[str, Any]) 
     mask_BCTHW[:, :, 0] = 1
     image = {"beside": torch.cat([mask_BCTHW, latents_BCTHW], dim=1)}
     if pipe.transformer.config.image_dim is not None:
-        image["clip"] = pipe.encode_image([_picture(first_CHW) for first_CHW in first_BCHW], pipe.image_encoder.device)
+        image["clip"] = pipe.encode_image([picture(first_CHW) for first_CHW in first_BCHW], pipe.image_encoder.device)
     return image
 
 
-def _picture(first_CHW: Tensor) -> Image.Image:
+def picture(first_CHW: Tensor) -> Image.Image:
+    """A frame in [-1, 1] as what a pipeline takes."""
     levels_HWC = ((first_CHW.float().clamp(-1, 1) + 1) * 127.5).round().byte().permute(1, 2, 0)
     return Image.fromarray(levels_HWC.cpu().numpy())
 

@@ -5,7 +5,7 @@
     index.json                  whose encoders made it, of which videos, what is in it; written last
     clips.jsonl                 a line for each clip: caption, where it came from, its split, where it is
     clips-00000.safetensors     "00000/x0" [1, C, T, H, W], "00000/image.NAME", "00000/text.NAME", "00001/x0", ...
-    negative.safetensors        the same for the negative prompt, where that does not depend on the picture
+    negative.safetensors        the same of the negative prompt, for all clips
 
 What of a text is zero to its end is not kept. Shape suffixes: B clip, C channel, T latent frame, H row, W column.
 """
@@ -27,7 +27,7 @@ from safetensors import safe_open
 from torch import Tensor
 from torch.nn import functional as F
 
-from distill.backbones import conditions
+from distill.backbones import base, conditions
 from distill.backbones.conditions import Conditions
 from distill.config import ConfigError, PrepareConfig
 from distill.loop import Run
@@ -36,8 +36,6 @@ from distill.student import Card, Origin, Video, file_sha256, weights_sha256
 INDEX, CLIPS, NEGATIVE = "index.json", "clips.jsonl", "negative.safetensors"
 WORK = "run"
 """Folder beside the index that an unfinished one goes on from."""
-ENCODING = ("height", "width", "num_frames", "max_sequence_length", "negative_prompt", "prompt_template")
-"""Of a card's ``call``, what changes how clips and captions are encoded."""
 
 
 NO_ENCODERS = ("transformer", "transformer_2", "scheduler", "guider")
@@ -103,7 +101,7 @@ class Index(BaseModel):
     encoders: dict[str, str]
     """sha256 of each part of the model that encodes (`student.weights_sha256`)."""
     call: dict[str, Any]
-    """Of the model's call what is in ``ENCODING``."""
+    """The model's, but for its steps and classifier-free guidance: see ``encoding_call``."""
     video: Video
     config: PrepareConfig
     source_sha256: tuple[str, ...]
@@ -143,15 +141,15 @@ def encoders(card: Card) -> dict[str, str]:
 
 
 def encoding_call(card: Card) -> dict[str, Any]:
-    """Of a card's call what changes how clips and captions are encoded."""
-    return {name: card.call[name] for name in ENCODING if name in card.call}
+    """A card's call without what changes nothing that is encoded: its steps and classifier-free guidance."""
+    return base.load(card.backbone, card.task).calling(card.call, 1, 1.0)
 
 
 def needs_latents(stage: str) -> str:
     """What to say where a stage is given a data set without clips."""
     return (
-        f"{stage} learns from clips, and the data set was prepared from captions alone; prepare it from videos, or with "
-        "--from-teacher, which lets the teacher sample the clips"
+        f"{stage} learns from clips, and the data set was prepared from captions alone; prepare it from videos, or "
+        "with --from-teacher, which lets the teacher sample the clips"
     )
 
 
@@ -219,16 +217,17 @@ class Dataset:
         chosen = [self._rows[row] for row in rows_B.tolist()]
         read = [self._files[row.file].read(row.row) for row in chosen]
         both = conditions.joined(read)
-        negative = _under("negative.", both)
-        if not negative:
-            negative = conditions.repeated(_under("negative.", self._negative), len(chosen))
         return Clips(
-            [row.caption for row in chosen], both.get("x0"), _under("image.", both), _under("text.", both), negative
+            [row.caption for row in chosen],
+            both.get("x0"),
+            _under("image.", both),
+            _under("text.", both),
+            conditions.repeated(self._negative, len(chosen)),
         )
 
     @cached_property
     def _negative(self) -> Conditions:
-        return self._files[NEGATIVE].read(0)
+        return _under("negative.", self._files[NEGATIVE].read(0))
 
 
 @dataclass
@@ -260,7 +259,9 @@ class _Reader:
 
 
 def without_end(value: Tensor) -> Tensor:
-    """``[1, L, ...]`` without what is zero from some place to the end of L."""
+    """``[1, L, D]`` without what is zero from some place to the end of L; anything else as it is."""
+    if value.ndim < 3:
+        return value
     filled = value[0].flatten(1).ne(0).any(dim=1).nonzero()
     return value[:, : int(filled.max()) + 1 if len(filled) else 1]
 
@@ -271,9 +272,7 @@ def read_index(folder: Path) -> Index:
     if not path.is_file():
         if (folder / WORK).is_dir():
             raise DataError(f"{folder} is not finished; give the same `python -m distill prepare` again, it goes on")
-        raise DataError(
-            f"{folder} is no prepared data set: it has no {INDEX}; make one with `python -m distill prepare`"
-        )
+        raise DataError(f"{folder} is no prepared data set (it has no {INDEX}); make one with `distill prepare`")
     try:
         return Index.model_validate_json(path.read_bytes())
     except ValidationError as error:

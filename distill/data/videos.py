@@ -160,7 +160,7 @@ def _of_parquet(path: Path) -> list[dict[str, Any]]:
     known = [name for names in COLUMNS.values() for name in names]
     try:
         columns = [name for name in parquet.read_schema(path).names if name in known]
-        return parquet.read_table(path, columns=columns).to_pylist()  # type: ignore[no-any-return]
+        return parquet.read_table(path, columns=columns).to_pylist()
     except (ArrowException, OSError) as error:
         raise ConfigError(f"{path} is no Parquet file that can be read: {error}") from None
 
@@ -213,7 +213,7 @@ def read_clip(item: Item, wanted: Wanted) -> Clip | Rejected:
             stream = container.streams.video[0]
             return _unfit(stream, wanted) or _measured(_frames(container, stream, item.start_s, wanted), wanted)
     except (av.FFmpegError, OSError, ValueError, MemoryError) as error:
-        return Rejected("unreadable", f"{type(error).__name__}: {error}")
+        return Rejected("unreadable", _said(error))
 
 
 def read_image(path: Path, wanted: Wanted) -> np.ndarray | Rejected:
@@ -222,12 +222,17 @@ def read_image(path: Path, wanted: Wanted) -> np.ndarray | Rejected:
         with Image.open(path) as opened:
             turned = ImageOps.exif_transpose(opened).convert("RGB")
     except (OSError, ValueError, Image.DecompressionBombError) as error:
-        return Rejected("unreadable", f"{path.name}: {type(error).__name__}: {error}")
+        return Rejected("unreadable", _said(error))
     size = (wanted.width, wanted.height)
     scale = min(turned.width / wanted.width, turned.height / wanted.height)
     if scale < wanted.filters.min_scale:
         return Rejected("too small", f"{turned.width} x {turned.height}, wanted {wanted.width} x {wanted.height}")
     return np.asarray(ImageOps.fit(turned, size, Image.Resampling.LANCZOS))
+
+
+def _said(error: BaseException) -> str:
+    """Without the path: it is another one on another machine."""
+    return f"{type(error).__name__}: {getattr(error, 'strerror', None) or error}"
 
 
 def bits_apart(signature: bytes, others: np.ndarray) -> int:

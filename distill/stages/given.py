@@ -70,7 +70,12 @@ class Given:
         self.backbone = base.load(self.card.backbone, self.card.task)
         self.config = config
         self.device = training_device()
-        self.pipe = student.load_pipeline(folder, self.device)
+        if config.data == SHAPES:
+            self.pipe = student.load_pipeline(folder, self.device)
+        else:  # what encodes captions and images has done so, and is larger than some transformers
+            self.pipe = student.load_pipeline(folder, "cpu")
+            self.pipe.vae.to(self.device)
+            self.backbone.network(self.pipe).to(self.device)
         self.backbone.in_one_pass(self.pipe.vae)
         self.teacher: Any = self.backbone.network(self.pipe)
         self.few_steps_call = self.backbone.calling(self.card.call, config.student.num_inference_steps, 1.0)
@@ -99,10 +104,12 @@ class Given:
     def _texts(self, found: prepared.Clips, drop_B: Tensor | None) -> tuple[Conditions, Conditions]:
         """Of the captions and of the negative prompt: as they were prepared, or encoded now."""
         drop_B = torch.zeros(len(found.captions), dtype=torch.bool) if drop_B is None else drop_B
+        unwanted = sampler.negative_prompt(self.card.call)
         if found.text:
             text, empty = (conditions.moved(of, self.device) for of in (found.text, found.negative))
+            if unwanted:  # no real clip is what it says, and the empty one was not prepared
+                return text, empty
             return conditions.chosen(drop_B.to(self.device), empty, text), empty
-        unwanted = sampler.negative_prompt(self.card.call)
         captions = [unwanted if dropped else c for c, dropped in zip(found.captions, drop_B.tolist(), strict=True)]
         both = self.backbone.encode_text(self.pipe, [*captions, unwanted], self.card.call)
         empty = conditions.repeated(conditions.rows(both, slice(-1, None)), len(captions))
@@ -125,15 +132,27 @@ class Given:
 Clips = Latents | prepared.Dataset
 
 
+def check(config: DistillConfig, teacher: student.Card) -> None:
+    """Whether teacher, clips and settings go together, before a run is begun or anything is loaded.
+
+    Raises:
+        ConfigError: they do not.
+    """
+    if config.experts != "both" and "transformer_2" not in teacher.parameters:
+        raise ConfigError(f"experts={config.experts}: the teacher is of one network; leave it out")
+    if config.data != SHAPES:
+        prepared.Dataset(Path(config.data), teacher)
+    elif (teacher.backbone, teacher.prompt.grammar) != ("wan", shapes.GRAMMAR):
+        raise ConfigError(
+            f"data={SHAPES}: {teacher.name} is no model of that world; prepare clips for it with "
+            "`python -m distill prepare`, and give their folder as data="
+        )
+
+
 def _clips(run: Run, given: Given) -> tuple[Clips, Clips]:
     """For training, and held out."""
     config = given.config
     if config.data == SHAPES:
-        if (given.card.backbone, given.card.prompt.grammar) != ("wan", shapes.GRAMMAR):
-            raise ConfigError(
-                f"data={SHAPES}: {given.card.name} is no model of that world; prepare clips for it with "
-                "`python -m distill prepare`, and give their folder as data="
-            )
         train = Latents.of_split(run, given.pipe.vae, "train", config.num_clips, config.compile)
         return train, Latents.of_split(run, given.pipe.vae, "dev", DEV_CLIPS, compile=False)
     folder = Path(config.data)

@@ -23,7 +23,6 @@ from distill.loop import Run, write_json
 from distill.stages.given import Given, noised
 
 WEIGHTINGS = ("elbo", "uniform_v", "x0")
-CHUNK = 32
 
 
 @dataclass(frozen=True)
@@ -116,7 +115,7 @@ def _errors(run: Run, given: Given, config: ImportanceConfig, masks: list[tuple[
     sigma_S = schedule.shift(position_S, given.config.shift).clamp(config.sigma_min, config.sigma_max)
     sigma_S = sigma_S.repeat(config.noises)
     errors_MKS = torch.empty(len(masks), clips, len(sigma_S))
-    for rows in given.held_out(clips, "importance.clips").split(CHUNK):
+    for rows in given.held_out(clips, "importance.clips").split(given.config.looked_at):
         first = int(rows[0])
         batch = given.batch(given.dev, rows)
         for level, sigma in enumerate(sigma_S.tolist()):

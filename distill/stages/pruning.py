@@ -75,16 +75,27 @@ def drift(run: Run, given: Given, transformer: Any, pruned: list[int]) -> dict[s
     ``drift_full`` and ``drift_pruned``: mean square of the difference over that of the teacher's velocity.
     """
     generator = run.generator("pruning/dev", 0)
-    rows = torch.arange(len(given.dev.captions))
-    batch = given.batch(given.dev, rows)
-    sigma_B, noise = given.sigmas(len(rows), generator), batch.noise(generator)
-    x_BCTHW = noised(batch.x0_BCTHW, noise, sigma_B)
-    teachers, x0, noise = batch.made(given.velocity(given.teacher, x_BCTHW, sigma_B, batch), batch.x0_BCTHW, noise)
-    values = {"dev_loss_teacher": losses.velocity_error(teachers, x0, noise).mean().item()}
-    for name, mask in (("full", []), ("pruned", pruned)):
-        with given.backbone.skipping(transformer, mask):
-            (made,) = batch.made(given.velocity(transformer, x_BCTHW, sigma_B, batch))
-        apart = (made - teachers).square().mean() / teachers.square().mean()
-        values[f"drift_{name}"] = apart.item()
-        values[f"dev_loss_{name}"] = losses.velocity_error(made, x0, noise).mean().item()
+    rows = torch.arange(len(given.dev))
+    sigmas = given.sigmas(len(rows), generator)
+    masks: dict[str, list[int] | None] = {"teacher": None, "full": [], "pruned": pruned}
+    errors: dict[str, list[Tensor]] = {name: [] for name in masks}
+    apart: dict[str, list[Tensor]] = {name: [] for name in masks}
+    size: list[Tensor] = []
+    for part in rows.split(given.config.looked_at):
+        batch, sigma_B = given.batch(given.dev, part), sigmas[part]
+        noise = batch.noise(generator)
+        x_BCTHW = noised(batch.x0_BCTHW, noise, sigma_B)
+        (teachers,) = batch.made(given.velocity(given.teacher, x_BCTHW, sigma_B, batch))
+        x0, noise = batch.made(batch.x0_BCTHW, noise)
+        size.append(teachers.square().mean())
+        for name, mask in masks.items():
+            made = teachers
+            if mask is not None:
+                with given.backbone.skipping(transformer, mask):
+                    (made,) = batch.made(given.velocity(transformer, x_BCTHW, sigma_B, batch))
+            errors[name].append(losses.velocity_error(made, x0, noise))
+            apart[name].append((made - teachers).square().mean())
+    values = {f"dev_loss_{name}": torch.cat(found).mean().item() for name, found in errors.items()}
+    for name in ("full", "pruned"):
+        values[f"drift_{name}"] = (torch.stack(apart[name]).mean() / torch.stack(size).mean()).item()
     return values

@@ -32,7 +32,8 @@ class Watch:
         self._call = given.few_steps_call if call is None else call
         clips = given.config.watched
         self._batches = [
-            given.batch(given.dev, rows_B) for rows_B in torch.arange(min(clips, len(given.dev))).split(CHUNK)
+            given.batch(given.dev, rows_B)
+            for rows_B in torch.arange(min(clips, len(given.dev))).split(min(CHUNK, given.config.looked_at))
         ]
         decode = given.backbone.decode_latents
         self._drawn = [
@@ -60,9 +61,11 @@ class Watch:
     def _make(self, pipe: Any, call: dict[str, Any], between: Callable[[], None] = lambda: None) -> Tensor:
         precision = torch.bfloat16 if self._given.config.precision == "bfloat16" else torch.float32
         backbone, made = self._given.backbone, []
-        for number, batch in enumerate(self._batches):
+        first = 0
+        for batch in self._batches:
             between()
-            noise_BCTHW = self._noise[number * CHUNK :][: len(batch)]
+            noise_BCTHW = self._noise[first : first + len(batch)]
+            first += len(batch)
             given = sampler.Given(batch.image, batch.text, batch.empty)
             x_BCTHW = sampler.denoise(backbone, pipe, given, call, noise_BCTHW, precision)
             with torch.no_grad():

@@ -71,16 +71,24 @@ IMAGE = (
 )
 """A red circle: what the page sends when nobody changes it is understood."""
 FILE: dict[str, Any] = {"schema": {"type": "string", "format": "binary"}}
-IMAGE_FILE = {"type": "string", "format": "binary", "description": "PNG, JPEG or WEBP"}
+IMAGE_FILE = {"type": "string", "format": "binary", "description": "PNG, JPEG or WEBP; for models of task ti2v"}
+IMAGE_URL = {"type": "string", "description": "The same as a data URL: `data:image/png;base64,...`"}
+VIDEO_FILE = {
+    "type": "string",
+    "format": "binary",
+    "description": "MP4, MOV, WEBM or MKV to start from; for models of task t2v",
+}
+VIDEO_URL = {"type": "string", "description": "The same as a data URL: `data:video/mp4;base64,...`"}
 FIELDS: dict[str, Any] = {
     "prompt": {"type": "string", "examples": [PROMPT]},
     "seed": {"type": "integer", "minimum": 0, "maximum": 2**32 - 1, "examples": [7]},
     "model": {"type": "string", "examples": ["shapes-4step"]},
+    "strength": {"type": "number", "exclusiveMinimum": 0, "maximum": 1, "examples": [0.7]},
     "steps": {"type": "integer", "examples": [4]},
     "webhook_url": {"type": "string", "format": "uri", "examples": [HOOK]},
     "metadata": {"type": "object", "additionalProperties": {"type": "string"}, "examples": [{"order": "17"}]},
 }
-"""Of a request for a video, beside the image: simpler than the model's own schema, which a form cannot show."""
+"""Of a request for a video, beside image and video: simpler than the model's own schema, which a form cannot show."""
 for _name, _schema in FIELDS.items():
     _schema["description"] = GenerateFields.model_fields[_name].description
 PARTS: dict[int | str, dict[str, Any]] = {

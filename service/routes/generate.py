@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import AsyncIterator
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Header, Request, Response
 from redis.exceptions import RedisError
@@ -18,17 +18,19 @@ from service.errors import ApiError
 from service.reading import Seen
 from service.routes import docs
 from service.schema import GenerateFields, Generation, GenerationPage
-from service.submitting import Image, SubmitHeadersDep, image_of, remove, submit
+from service.submitting import Given, SubmitHeadersDep, given, remove, submit
 from service.viewing import ViewerDep, answer, viewer_of
 
 router = APIRouter(tags=["generate"])
 
 _MAX_WAIT_S = 60
+_Source = Literal["image", "video"]
+_SOURCES: tuple[_Source, ...] = ("image", "video")
 
 
-def _body_of(image: dict[str, str]) -> dict[str, Any]:
-    properties = {"image": image, **docs.FIELDS}
-    return {"schema": {"type": "object", "required": ["image", "prompt"], "properties": properties}}
+def _body_of(image: dict[str, str], video: dict[str, str]) -> dict[str, Any]:
+    properties = {"image": image, "video": video, **docs.FIELDS}
+    return {"schema": {"type": "object", "required": ["prompt"], "properties": properties}}
 
 
 _SHORT = {"image": docs.IMAGE, "prompt": docs.PROMPT}
@@ -37,10 +39,10 @@ _REQUEST_BODY = {
     "required": True,
     "content": {
         "application/json": {
-            **_body_of({"type": "string", "description": "A data URL: `data:image/png;base64,...`"}),
+            **_body_of(docs.IMAGE_URL, docs.VIDEO_URL),
             "examples": {"short": {"value": _SHORT}, "long": {"value": _LONG}},
         },
-        "multipart/form-data": _body_of(docs.IMAGE_FILE),
+        "multipart/form-data": _body_of(docs.IMAGE_FILE, docs.VIDEO_FILE),
     },
 }
 
@@ -65,12 +67,14 @@ async def create(
     headers: SubmitHeadersDep,
     prefer: Annotated[str | None, Header(description="wait=N: hold the answer up to N <= 60 seconds")] = None,
 ) -> Response:
-    """An image and a sentence, as multipart form or JSON. Answers 202 with the job, or 200 with the video's address.
+    """A sentence, and an image or a video as the model's `task` wants it, as multipart form or JSON.
+
+    Answers 202 with the job, or 200 with the video's address.
 
     With an `Idempotency-Key` it can be sent any number of times and is one job.
     """
-    fields, image = await _read(request, context)
-    record, is_new = await submit(context, principal, headers, fields, image)
+    fields, start = await _read(request, context)
+    record, is_new = await submit(context, principal, headers, fields, start)
     said = {"Location": f"{viewer.origin}/generate/{record.id}"}
     if not is_new:
         said["Idempotent-Replayed"] = "true"
@@ -198,41 +202,48 @@ def _wait_s(prefer: str | None) -> int | None:
     return min(int(found[1]), _MAX_WAIT_S) if found else None
 
 
-async def _read(request: Request, context: Context) -> tuple[GenerateFields, Image]:
-    """Fields and image of either kind of body. Raises ``ApiError`` 415, 422."""
-    if bodies.kind_of(request, bodies.FORM, bodies.JSON) == bodies.FORM:
-        return await _read_form(request, context)
-    return _read_json(await request.body(), context)
+async def _read(request: Request, context: Context) -> tuple[GenerateFields, Given]:
+    """Fields, and what the video is to be made from, of either kind of body. Raises ``ApiError`` 415, 422."""
+    if bodies.kind_of(request, bodies.JSON, *bodies.FORMS) == bodies.JSON:
+        return _read_json(await request.body(), context)
+    return await _read_form(request, context)
 
 
-async def _read_form(request: Request, context: Context) -> tuple[GenerateFields, Image]:
+async def _read_form(request: Request, context: Context) -> tuple[GenerateFields, Given]:
     async with bodies.form_of(request, max_fields=20, max_bytes=context.settings.max_body_bytes) as form:
         names = [name for name, _ in form.multi_items()]
         if twice := sorted({name for name in names if names.count(name) > 1}):
             raise ApiError(422, "invalid_field", f"{twice[0]}: sent more than once", param=twice[0])
-        image = form.get("image")
-        data: Image
-        if isinstance(image, UploadFile):
-            data = await image.read()
-        elif isinstance(image, str):
-            data = image_of(image, context)
-        else:
-            raise _no_image()
-        texts = {name: value for name, value in form.items() if name != "image"}
+        sources: dict[_Source, str | bytes] = {}
+        for name in _SOURCES:
+            part = form.get(name)
+            if isinstance(part, UploadFile) and (part.filename or part.size):  # a form's empty field is none
+                sources[name] = await part.read()
+            elif isinstance(part, str) and part:
+                sources[name] = part
+        texts = {name: value for name, value in form.items() if name not in _SOURCES}
     if files := [name for name, value in texts.items() if not isinstance(value, str)]:
         raise ApiError(422, "invalid_field", f"{files[0]}: got a file; wanted text", param=files[0])
-    return bodies.fields_of(bodies.filled_in(texts)), data
+    return bodies.fields_of(bodies.filled_in(texts)), _given(sources, context)
 
 
-def _read_json(body: bytes, context: Context) -> tuple[GenerateFields, Image]:
+def _read_json(body: bytes, context: Context) -> tuple[GenerateFields, Given]:
     values = bodies.object_of(body)
-    image = values.pop("image", None)
-    if image is None:
-        raise _no_image()
-    if not isinstance(image, str):
-        raise ApiError(422, "invalid_field", f"image: got {type(image).__name__}; wanted a data URL", param="image")
-    return bodies.fields_of(values), image_of(image, context)
+    sources: dict[_Source, str | bytes] = {}
+    for name in _SOURCES:
+        if (value := values.pop(name, None)) is None:
+            continue
+        if not isinstance(value, str):
+            message = f"{name}: got {type(value).__name__}; wanted a data URL"
+            raise ApiError(422, "invalid_field", message, param=name)
+        sources[name] = value
+    return bodies.fields_of(values), _given(sources, context)
 
 
-def _no_image() -> ApiError:
-    return ApiError(422, "image_missing", "image: missing; send a PNG, JPEG or WEBP file", param="image")
+def _given(sources: dict[_Source, str | bytes], context: Context) -> Given:
+    if len(sources) > 1:
+        message = "video: sent beside an image; send the one that the model's task wants"
+        raise ApiError(422, "invalid_field", message, param="video")
+    for source, data in sources.items():
+        return given(source, data, context)
+    return Given("none")

@@ -20,13 +20,12 @@ from service.openai_schema import Model, ModelList, Video, VideoDeleted, VideoPa
 from service.reading import Seen
 from service.routes import docs
 from service.routes.videos import file_of
-from service.submitting import Image, SubmitHeadersDep, image_of, remove, submit
+from service.submitting import Given, SubmitHeadersDep, given, remove, submit
 from service.viewing import Viewer, ViewerDep, answer
 from worker.contract import MODELS_KEY, ModelCard, Record, VideoSize, input_path, model_id
 
 router = APIRouter(prefix="/v1", tags=["openai"])
 
-_FORMS = (bodies.FORM, "application/x-www-form-urlencoded")
 _VARIANTS = {"video": "mp4", "thumbnail": "jpg"}
 
 _FIELDS: dict[str, Any] = {
@@ -34,15 +33,20 @@ _FIELDS: dict[str, Any] = {
     "size": {"type": "string", "description": "The model's own, as `/v1/models` says", "examples": ["64x64"]},
     "seconds": {"type": "string", "description": "Likewise", "examples": ["2.125"]},
 }
-_URL = {"type": "string", "description": "A data URL: `data:image/png;base64,...`"}
+_URL = {"type": "string", "description": "A data URL: `data:image/png;base64,...`, of a video likewise"}
 _URL_OBJECT = {"type": "object", "required": ["image_url"], "properties": {"image_url": _URL}}
 
 
 def _body_of(reference: dict[str, Any]) -> dict[str, Any]:
     properties = {"input_reference": reference, **_FIELDS}
-    return {"schema": {"type": "object", "required": ["input_reference", "prompt"], "properties": properties}}
+    return {"schema": {"type": "object", "required": ["prompt"], "properties": properties}}
 
 
+_REFERENCE_FILE = {
+    "type": "string",
+    "format": "binary",
+    "description": "An image for models of task ti2v; for those of task t2v a video to start from, or nothing",
+}
 _TEXT = {"input_reference": docs.IMAGE, "prompt": docs.PROMPT}
 _OBJECT = {"input_reference": {"image_url": docs.IMAGE}, "prompt": docs.PROMPT, "seed": 7}
 _CREATE_BODY = {
@@ -52,7 +56,7 @@ _CREATE_BODY = {
             **_body_of({"anyOf": [_URL, _URL_OBJECT]}),
             "examples": {"text": {"value": _TEXT}, "object": {"value": _OBJECT}},
         },
-        "multipart/form-data": _body_of(docs.IMAGE_FILE),
+        "multipart/form-data": _body_of(_REFERENCE_FILE),
     },
 }
 _REMIX_BODY = {
@@ -79,20 +83,25 @@ _REMIX_BODY = {
 async def create(
     request: Request, principal: GeneratorDep, context: ContextDep, viewer: ViewerDep, headers: SubmitHeadersDep
 ) -> Response:
-    """Animate `input_reference`: a file, a data URL, or an object or JSON text with one. Unknown fields are ignored."""
+    """Animate `input_reference`: a file, a data URL, or an object or JSON text with one. Unknown fields are ignored.
+
+    For a model of task t2v it is a video to start from, or left out.
+    """
     values = await _read(request, context)
     fields = openai_schema.fields_of(values)
-    await _check_format(context, fields.model, values)
-    with _naming_the_image():
-        picture = openai_schema.picture_in(values.get("input_reference"))
-        image: Image = image_of(picture, context) if isinstance(picture, str) else picture
-        record, is_new = await submit(context, principal, headers, fields, image)
+    card = await _check_format(context, fields.model, values)
+    reference = openai_schema.reference_in(values.get("input_reference"))
+    with _naming_the_reference():
+        start = Given("none")
+        if reference is not None:
+            start = given("video" if card and "video" in card.takes else "image", reference, context)
+        record, is_new = await submit(context, principal, headers, fields, start)
     return await _accepted(viewer, Seen(record), is_new)
 
 
 @router.post(
     "/videos/{job_id}/remix",
-    summary="Ask for another video of the same image",
+    summary="Ask for another video of the same input",
     response_model=Video,
     responses={200: docs.videos("queued"), **docs.refusals("generate", 404), **docs.ASKING},
     openapi_extra={"requestBody": _REMIX_BODY},
@@ -105,7 +114,8 @@ async def remix(
     viewer: ViewerDep,
     headers: SubmitHeadersDep,
 ) -> Response:
-    """Animate the image of an earlier video with another prompt, and another seed unless one is given."""
+    """Make another video from what an earlier one was made from, with another prompt, and another seed unless one is
+    given."""
     source = (await context.reader.get(job_id, principal.id)).record
     values = await _read(request, context)
     fields = openai_schema.fields_of(values)
@@ -114,12 +124,17 @@ async def remix(
     if fields.model is None and not source.follows and fleet.model(own):
         fields = fields.model_copy(update={"model": own})
     await _check_format(context, fields.model, values)
-    try:
-        image = await run_in_threadpool(context.storage.read, input_path(job_id))
-    except FileNotFoundError:
-        message = f"the image of {job_id} is not kept any more; send it again as a new video"
-        raise ApiError(409, "input_gone", message, headers={"x-should-retry": "false"}) from None
-    record, is_new = await submit(context, principal, headers, fields, image, remixed_from=job_id)
+    start = Given(source.source)
+    if source.source != "none":
+        try:
+            data = await run_in_threadpool(context.storage.read, input_path(job_id, source.source))
+        except FileNotFoundError:
+            message = f"the {source.source} of {job_id} is not kept any more; send it again as a new video"
+            raise ApiError(409, "input_gone", message, headers={"x-should-retry": "false"}) from None
+        start = Given(source.source, data)
+    if source.source == "video" and fields.strength is None:
+        fields = fields.model_copy(update={"strength": source.strength})
+    record, is_new = await submit(context, principal, headers, fields, start, remixed_from=job_id)
     return await _accepted(viewer, Seen(record), is_new)
 
 
@@ -128,7 +143,7 @@ async def remix(
 @router.post("/videos/characters", include_in_schema=False)
 async def not_offered(request: Request, _principal: GeneratorDep) -> None:
     """What OpenAI's alone can do."""
-    message = f"{request.url.path} is not offered: the models here animate an image; see /v1/videos/{{id}}/remix"
+    message = f"{request.url.path} is not offered; see /v1/videos and /v1/videos/{{id}}/remix"
     raise ApiError(404, "not_offered", message)
 
 
@@ -252,10 +267,11 @@ async def _model(context: Context, name: str | None) -> ModelCard | None:
     return card
 
 
-async def _check_format(context: Context, name: str | None, values: dict[str, Any]) -> None:
-    """Whether the model makes what is asked for, as far as there is one. Raises ``ApiError`` 400, 404."""
+async def _check_format(context: Context, name: str | None, values: dict[str, Any]) -> ModelCard | None:
+    """The model, if it makes what is asked for; None while there is none. Raises ``ApiError`` 400, 404."""
     if (card := await _model(context, name)) is not None:
         openai_schema.check_format(values, card)
+    return card
 
 
 def _unknown_model(name: str, there: list[str]) -> ApiError:
@@ -270,7 +286,7 @@ def _unknown_model(name: str, there: list[str]) -> ApiError:
 
 async def _read(request: Request, context: Context) -> dict[str, Any]:
     """The fields of either kind of body, files as bytes. Raises ``ApiError`` 415, 422."""
-    if bodies.kind_of(request, bodies.JSON, *_FORMS) == bodies.JSON:
+    if bodies.kind_of(request, bodies.JSON, *bodies.FORMS) == bodies.JSON:
         return bodies.object_of(await request.body())
     async with bodies.form_of(request, max_fields=40, max_bytes=context.settings.max_body_bytes) as form:
         parts = [
@@ -280,12 +296,12 @@ async def _read(request: Request, context: Context) -> dict[str, Any]:
 
 
 @contextmanager
-def _naming_the_image() -> Iterator[None]:
-    """Errors about the image name the field that it came in."""
+def _naming_the_reference() -> Iterator[None]:
+    """Errors about the image or video name the field that it came in."""
     try:
         yield
     except ApiError as error:
-        if error.param == "image":
+        if error.param in ("image", "video"):
             error.param = "input_reference"
         raise
 

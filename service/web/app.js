@@ -1,4 +1,4 @@
-// The playground: one image, one sentence, and what one model, or two side by side, make of it.
+// The playground: one sentence, what it goes with, and what one model, or two side by side, make of it.
 //
 // The server is the only judge of what it accepts: nothing here refuses an input, and what the server says about one is
 // shown as it said it. The URL's hash holds the ids of what is on the stage, so reload and "back" just work.
@@ -13,14 +13,17 @@ import { PromptField } from "./prompt.js";
 import * as snippets from "./snippets.js";
 
 const READY_POLL_MS = { ready: 20_000, notReady: 2_000 };
-const MAX_NAME = 120; // of an image, in the notes that go with a request
-const FIELDS = ["image", "prompt", "seed", "model"];
+const MAX_NAME = 120; // of a file, in the notes that go with a request
+const FIELDS = ["image", "video", "strength", "prompt", "seed", "model"];
+const TAKES = { t2v: ["none", "video"], v2v: ["video"] }; // by the model's task; the others animate an image
+const STRENGTH = 0.7; // of a video, to begin with
 
 const state = {
   models: [], // what GET /models says, each under the name that it is asked for by
   image: null, // File for the next request
+  video: null, // likewise, to start from
   asked: new Map(), // generation id -> the model that it was asked of, for this visit
-  images: new Map(), // generation id -> the File it was made from, for this visit
+  given: new Map(), // generation id -> the File it was made from, for this visit
   panes: [], // one, or two side by side
   duet: null, // plays both videos
   isSending: false,
@@ -129,6 +132,14 @@ const cardOf = (name) => state.models.find((card) => card.name === name);
 const modelOf = ({ id, model, model_sha256: sha256 }) =>
   state.models.find((card) => card.sha256 === sha256)?.name ?? state.asked.get(id) ?? model;
 
+const takes = (card, source) => (TAKES[card?.task] ?? ["image"]).includes(source);
+
+/** The models that the next request goes to. */
+const chosenCards = () => {
+  const cards = chosenModels().map(cardOf);
+  return cards.length ? cards : state.models.slice(0, 1);
+};
+
 const details = (card) => {
   const { num_inference_steps: steps, kind } = card;
   return [...(kind ? [kind] : []), steps === 1 ? "1 step" : `${steps} steps`].join(", ");
@@ -171,6 +182,23 @@ function modelChanged(moved = $("model")) {
   document.documentElement.style.setProperty("--ratio", width / height);
   if (!shownGenerations().length) state.panes[0]?.setLabel("", "", card.video);
   prompt.load(card.prompt);
+  drawSources();
+}
+
+/** The fields for what the chosen models take beside the sentence. */
+function drawSources() {
+  const cards = chosenCards();
+  const ofVideos = cards.find((card) => takes(card, "video"));
+  const before = $("image-field").hidden;
+  $("image-field").hidden = !cards.some((card) => takes(card, "image"));
+  $("video-field").hidden = !ofVideos;
+  if (ofVideos) {
+    $("video-optional").hidden = !takes(ofVideos, "none");
+    if ($("strength").dataset.model !== ofVideos.name) setStrength(STRENGTH, ofVideos.sigmas ?? []);
+    $("strength").dataset.model = ofVideos.name;
+  }
+  drawVideo();
+  if (before !== $("image-field").hidden && !shownGenerations().length && state.panes.length) showStill();
 }
 
 function setModels(names) {
@@ -183,6 +211,8 @@ function setModels(names) {
 
 // --- the image -------------------------------------------------------------------------------------------------------
 
+const isImageUsed = () => chosenCards().some((card) => takes(card, "image"));
+
 /** Take `file` as the first frame. `tile` is the example it came from, if any. The stage shows it if it is free. */
 function setImage(file, tile = null, stageInUse = state.panes.some((pane) => pane.isActive)) {
   state.image = file;
@@ -191,6 +221,37 @@ function setImage(file, tile = null, stageInUse = state.panes.some((pane) => pan
   $("drop").classList.toggle("chosen", !tile);
   $("drop").querySelector("b").textContent = tile ? "Your image" : file.name;
   if (!stageInUse) showStill();
+}
+
+/** Take `file` to start from; null: none. */
+function setVideo(file) {
+  state.video = file;
+  fieldError("video", null);
+  drawVideo();
+  if (!state.panes.some((pane) => pane.isActive)) showStill();
+}
+
+function drawVideo() {
+  const { video } = state;
+  $("video-drop").classList.toggle("chosen", Boolean(video));
+  $("video-drop").querySelector("b").textContent = video?.name ?? "Your video";
+  $("no-video").hidden = !video;
+  $("strength-field").hidden = !video;
+  const steps = Number($("strength").value);
+  setText($("strength-says"), `${steps} of ${$("strength").max} steps, strength ${Number(strength()).toFixed(2)}`);
+}
+
+/** The levels are the model's own, the first step's first; the slider says how many steps are made. */
+function setStrength(wanted, levels) {
+  const distance = (level) => Math.abs(level - wanted);
+  const first = levels.reduce((best, level, step) => (distance(level) < distance(levels[best]) ? step : best), 0);
+  $("strength").max = levels.length;
+  $("strength").value = levels.length - first;
+}
+
+function strength() {
+  const levels = chosenCards().find((card) => takes(card, "video"))?.sigmas ?? [];
+  return levels[levels.length - Number($("strength").value)] ?? STRENGTH;
 }
 
 const pickExample = attempt(async ({ image_url, prompt: sentence }, tile, stageInUse) => {
@@ -213,7 +274,7 @@ const drawExamples = attempt(async () => {
   });
   $("examples").replaceChildren(...tiles.map((tile) => el("li", {}, tile)));
   // Ready to go at once; but a generation that the URL names has the stage.
-  if (data.length && !state.image) await pickExample(data[0], tiles[0], Boolean(location.hash));
+  if (data.length && !state.image && isImageUsed()) await pickExample(data[0], tiles[0], Boolean(location.hash));
 });
 
 /** The first frame of the video on the stage: what to start from again when the input is not at hand any more. */
@@ -234,7 +295,9 @@ async function firstFrame() {
 
 function fileFrom(transfer) {
   const [file] = transfer?.files ?? [];
-  if (file && !$("work").hidden) setImage(file);
+  // The server judges what is in it; this only says which field it is meant for.
+  const isVideo = $("image-field").hidden || (!$("video-field").hidden && file?.type.startsWith("video/"));
+  if (file && !$("work").hidden) (isVideo ? setVideo : setImage)(file);
   return Boolean(file);
 }
 
@@ -261,7 +324,12 @@ function showStill({ gone = false } = {}) {
   const [pane] = state.panes;
   const card = cardOf($("model").value) ?? state.models[0];
   if (card) pane.setLabel("", "", card.video);
-  pane.setStill(state.image, "Drop an image here", (width, height) => describeImage(width, height, card));
+  const lead = isImageUsed() ? "This picture is where the video starts. Say what happens next."
+    : state.video ? "The video is made anew from this one. Say what it is to show." : "Say what the video is to show.";
+  setText($("still-lead"), lead);
+  setText($("crop"), "");
+  if (!isImageUsed()) pane.setStill(null, state.video?.name ?? "");
+  else pane.setStill(state.image, "Drop an image here", (width, height) => describeImage(width, height, card));
   drawStage();
 }
 
@@ -284,7 +352,7 @@ function watchIn(pane, generation, isOneOfTwo) {
   const name = modelOf(generation);
   const card = cardOf(name);
   pane.setLabel(isOneOfTwo ? name : "", card ? details(card) : "", card?.video);
-  pane.setStill(state.images.get(generation.id));
+  pane.setStill(generation.source === "video" ? null : state.given.get(generation.id));
   pane.watch(generation);
 }
 
@@ -346,6 +414,8 @@ function drawFacts(panes, active) {
     const name = modelOf(generation);
     const card = cardOf(name);
     facts.Model = card ? `${name}, ${details(card)}` : name;
+    const first = generation.first_step;
+    if (first !== null && card) facts["From a video"] = `steps ${first + 1} to ${card.num_inference_steps}`;
     if (status === "succeeded") facts.Took = seconds((new Date(finished_at) - new Date(created_at)) / 1000);
   }
   const until = new Date(expires_at).toLocaleString([], { dateStyle: "medium", timeStyle: "short" });
@@ -408,12 +478,15 @@ function currentAsk() {
   const rest = { origin: location.origin, hasKey: Boolean(key.value) };
   if (!generation) {
     const seed = $("seed").value.trim();
-    const image = state.image?.name ?? "image.png";
-    return { image, prompt: prompt.text, seed: seed && /^\d+$/.test(seed) ? seed : null, models: chosenModels(), ...rest };
+    const [card] = chosenCards();
+    const file = takes(card, "image") ? state.image?.name ?? "image.png" : state.video?.name;
+    const source = takes(card, "image") ? "image" : state.video ? "video" : "none";
+    const of = { source, file, strength: source === "video" ? strength() : null };
+    return { ...of, prompt: prompt.text, seed: seed && /^\d+$/.test(seed) ? seed : null, models: chosenModels(), ...rest };
   }
-  const { id, metadata, prompt: sentence, seed } = generation;
-  const image = state.images.get(id)?.name ?? metadata.image ?? "image.png";
-  return { image, prompt: sentence, seed, models: shownGenerations().map(modelOf), ...rest };
+  const { id, metadata, prompt: sentence, seed, source, strength: asked } = generation;
+  const file = state.given.get(id)?.name ?? metadata[source] ?? { image: "image.png", video: "video.mp4" }[source];
+  return { source, file, strength: asked, prompt: sentence, seed, models: shownGenerations().map(modelOf), ...rest };
 }
 
 const language = () => $("code").querySelector("input:checked").value;
@@ -422,9 +495,10 @@ function drawCode() {
   const ask = currentAsk();
   setText($("snippet"), snippets[language()](ask));
   const keyHelp = ask.hasKey ? " The key is taken from the variable FASTLIGHTGEN_KEY." : "";
+  const beside = ask.file ? ` beside ${ask.file}` : "";
   const help = {
-    curl: `Run it beside ${ask.image}. The answer is the job; its video_url is the video.`,
-    python: `Run it beside ${ask.image}, with httpx installed. It waits, and keeps the video beside itself.`,
+    curl: `Run it${beside}. The answer is the job; its video_url is the video.`,
+    python: `Run it${beside}, with httpx installed. It waits, and keeps the video beside itself.`,
   };
   setText($("code-help"), help[language()] + keyHelp);
 }
@@ -453,7 +527,7 @@ async function generate() {
   setText($("refused"), "");
   for (const name of FIELDS) fieldError(name, null);
   const models = chosenModels();
-  const ask = { image: state.image, prompt: prompt.text, seed: $("seed").value.trim(), model: models[0] };
+  const ask = { image: state.image, video: state.video, strength: strength(), prompt: prompt.text, seed: $("seed").value.trim(), model: models[0] };
   if (models.length > 1 && !ask.seed) ask.seed = randomSeed(); // of both
   state.isSending = true;
   drawGenerate();
@@ -476,7 +550,7 @@ async function generateBeside(first, ask) {
   setPanes(2);
   const [one, two] = state.panes;
   two.setLabel(ask.model, details(cardOf(ask.model)), cardOf(ask.model).video);
-  two.setStill(ask.image);
+  two.setStill(takes(cardOf(ask.model), "image") ? ask.image : null);
   two.showSending();
   watchIn(one, first, true);
   try {
@@ -491,17 +565,21 @@ async function generateBeside(first, ask) {
   }
 }
 
-async function submit({ image, prompt: sentence, seed, model, beside }) {
+async function submit({ image, video, strength: much, prompt: sentence, seed, model, beside }) {
   const form = new FormData();
-  if (image) form.append("image", image, image.name);
+  const card = cardOf(model) ?? state.models[0];
+  const name = takes(card, "video") ? "video" : "image";
+  const file = name === "video" ? video : image;
+  if (file) form.append(name, file, file.name);
+  if (file && name === "video") form.append("strength", much);
   form.append("prompt", sentence);
   if (seed !== "") form.append("seed", seed);
   if (model) form.append("model", model);
-  // For whoever opens it later: the code names the image, and the gallery knows what belongs together.
-  const notes = { ...(image && image.name.length <= MAX_NAME && { image: image.name }), ...(beside && { beside }) };
+  // For whoever opens it later: the code names the file, and the gallery knows what belongs together.
+  const notes = { ...(file && file.name.length <= MAX_NAME && { [name]: file.name }), ...(beside && { beside }) };
   form.append("metadata", JSON.stringify(notes));
   const generation = await request("/generate", { method: "POST", body: form });
-  state.images.set(generation.id, image);
+  if (file) state.given.set(generation.id, file);
   if (model) state.asked.set(generation.id, model);
   return generation;
 }
@@ -555,20 +633,28 @@ function fieldError(name, message) {
 function restore() {
   const generations = shownGenerations();
   if (!generations.length) return;
-  const [{ id, prompt: sentence, seed }] = generations;
+  const [{ id, prompt: sentence, seed, source, strength: much }] = generations;
   setModels(state.panes.map(({ generation }) => (generation ? modelOf(generation) : $("other").value)));
   prompt.text = sentence;
   $("seed").value = seed;
-  const image = state.images.get(id);
-  if (image && image !== state.image) setImage(image, null, true);
+  const file = state.given.get(id);
+  if (source === "image" && file && file !== state.image) setImage(file, null, true);
+  if (source === "video" && file) state.video = file;
+  if (source === "video") setStrength(much, chosenCards().find((card) => takes(card, "video"))?.sigmas ?? []);
+  if (source === "none") state.video = null;
+  drawVideo();
 }
 
-/** Once more, from the same picture. */
+/** Once more, from the same picture or video. */
 const repeat = attempt(async ({ keepSeed }) => {
   const [generation] = shownGenerations();
   restore();
   if (!keepSeed) $("seed").value = "";
-  if (generation && !state.images.has(generation.id)) setImage(await firstFrame(), null, true);
+  const isAtHand = !generation || generation.source === "none" || state.given.has(generation.id);
+  if (!isAtHand && generation.source === "video") {
+    throw new RequestError("The video that it was made from is not at hand any more: choose it again, then generate.");
+  }
+  if (!isAtHand) setImage(await firstFrame(), null, true);
   await generate();
 });
 
@@ -674,7 +760,18 @@ function listenToForm() {
   };
   $("die").onclick = drawSeed;
   $("image").onclick = () => ($("image").value = ""); // so that the same file can be chosen again
-  $("image").onchange = () => fileFrom($("image"));
+  $("image").onchange = () => $("image").files.length && setImage($("image").files[0]);
+  $("video").onclick = () => ($("video").value = "");
+  $("video").onchange = () => $("video").files.length && setVideo($("video").files[0]);
+  $("no-video").onclick = () => {
+    setVideo(null);
+    $("video").focus();
+  };
+  $("strength").oninput = () => {
+    fieldError("strength", null);
+    drawVideo();
+    drawCode();
+  };
   document.addEventListener("keydown", (event) => {
     if (event.key === "Enter" && (event.ctrlKey || event.metaKey) && !$("work").hidden) generate();
   });

@@ -5,15 +5,17 @@ const KEY_VARIABLE = "FASTLIGHTGEN_KEY";
 /**
  * What to run in a shell. It answers with the job, its `video_url` in it.
  *
- * @param ask {image: file name, prompt, seed: or null, models: names, origin, hasKey}
+ * @param ask {source: "image", "video" or "none", file: its name, strength: or null, prompt, seed: or null, models: names,
+ *   origin, hasKey}
  */
-export function curl({ image, prompt, seed, models, origin, hasKey }) {
+export function curl({ source, file, strength, prompt, seed, models, origin, hasKey }) {
   const several = models.length > 1;
   const parts = [
     `curl -sS ${shell(`${origin}/generate`)}`,
     ...(hasKey ? [`-H "Authorization: Bearer $${KEY_VARIABLE}"`] : []),
     `-H 'Prefer: wait=60'`,
-    `-F ${shell(`image=@${curlFile(image)}`)}`,
+    ...(file ? [`-F ${shell(`${source}=@${curlFile(file)}`)}`] : []),
+    ...(strength === null ? [] : [`--form-string strength=${strength}`]),
     `--form-string ${shell(`prompt=${prompt}`)}`,
     ...(seed === null ? [] : [`--form-string seed=${seed}`]),
     ...(several ? ['--form-string "model=$model"'] : models.map((name) => `--form-string ${shell(`model=${name}`)}`)),
@@ -23,9 +25,10 @@ export function curl({ image, prompt, seed, models, origin, hasKey }) {
 }
 
 /** A whole program, with httpx: it keeps the video beside itself. `ask` as above. */
-export function python({ image, prompt, seed, models, origin, hasKey }) {
+export function python({ source, file, strength, prompt, seed, models, origin, hasKey }) {
   const several = models.length > 1;
   const fields = [`"prompt": ${literal(prompt)}`];
+  if (strength !== null) fields.push(`"strength": ${strength}`);
   if (seed !== null) fields.push(`"seed": ${seed}`);
   if (models.length) fields.push(`"model": ${several ? "model" : literal(models[0])}`);
   const work = [
@@ -35,7 +38,7 @@ export function python({ image, prompt, seed, models, origin, hasKey }) {
     "answer = client.post(",
     `    "/generate",`,
     "    data=fields,",
-    `    files={"image": image},`,
+    ...(file ? [`    files={"${source}": ${source}},`] : []),
     `    headers={"Prefer": "wait=60"},`,
     ")",
     "if answer.is_error:",
@@ -63,7 +66,7 @@ export function python({ image, prompt, seed, models, origin, hasKey }) {
     "    follow_redirects=True,",
     "    timeout=90,",
     ")",
-    `image = Path(${literal(image)}).read_bytes()`,
+    ...(file ? [`${source} = Path(${literal(file)}).read_bytes()`] : []),
     ...(several ? [`for model in [${models.map(literal).join(", ")}]:`] : []),
     ...work.map((line) => (several ? `    ${line}` : line)),
     "",

@@ -65,6 +65,12 @@ def test_what_the_first_release_wrote_is_read_and_means_the_same(name):
     assert {field: after[field] for field in FIRST[name]} == FIRST[name]
 
 
+@pytest.mark.parametrize("name", ["Record", "ModelCard"])
+def test_what_is_new_is_not_written_where_it_says_nothing(name):
+    """Programs of that release read neither with a field that they do not know."""
+    assert set(written(read(name, FIRST[name]))) <= set(FIRST[name])
+
+
 @EVERY
 def test_no_field_was_taken_away(name):
     computed = kind_of(name).model_computed_fields

@@ -101,3 +101,69 @@ def test_a_transformer_with_other_blocks_than_it_says_is_refused(folder, capsys)
 def test_what_the_pipeline_does_not_take_is_refused(folder, capsys):
     assert "has no true cfg scale; leave it out" in refused(folder, capsys, "--set", "true_cfg_scale=2")
     assert "colour: no such setting" in refused(folder, capsys, "--set", "colour=red")
+
+
+def test_what_is_for_two_tasks_has_to_be_told_which(originals, tmp_path, capsys):
+    folder = shutil.copytree(originals["ti2v-5b"], tmp_path / "5b")
+    changed(folder / "model_index.json", _class_name="WanPipeline")  # as it is released
+    assert "makes videos from text, and from an image: give --set task=ti2v or task=t2v" in refused(folder, capsys)
+    other = shutil.copytree(folder, tmp_path / "5b-t2v")
+    assert main(["adopt", str(folder), *SIZES, "--set", "task=ti2v"]) == 0
+    assert (student.read_card(folder).backbone, student.read_card(folder).task) == ("wan", "ti2v")
+    assert type(student.load_pipeline(folder, "cpu")).__name__ == "WanImageToVideoPipeline"
+    assert main(["adopt", str(other), *SIZES, "--set", "task=t2v"]) == 0
+    assert (student.read_card(other).backbone, student.read_card(other).task) == ("wan-t2v", "t2v")
+
+
+def test_a_card_that_is_there_is_left_alone(folder, capsys):
+    assert main(["adopt", str(folder), *SIZES]) == 0
+    before = (folder / "teacher.json").read_bytes()
+    assert main(["adopt", str(folder), *SIZES]) == 2
+    assert "teacher.json is there: the folder is a model already" in capsys.readouterr().err
+    assert (folder / "teacher.json").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("setting", "said"),
+    [
+        ("width=30", "width=30: model makes multiples of 16; give one"),
+        ("num_frames=10", "num_frames=10: model makes 4 n + 1 frames; give so many"),
+        ("guidance_scale_2=2", "guidance_scale_2=2.0: model has one expert; leave it out"),
+        ("max_sequence_length=16", "max_sequence_length=16: with an image's tokens before them 512 are taken"),
+        ("task=t2v", "whose task is ti2v; leave task=t2v out"),
+    ],
+)
+def test_a_call_that_the_model_cannot_make_is_refused(folder, setting, said, capsys):
+    assert said in refused(folder, capsys, "--set", setting)
+
+
+@pytest.mark.parametrize(
+    ("file", "text", "said"),
+    [
+        ("model_index.json", "[]", "model_index.json cannot be read"),
+        ("model_index.json", "{}", "is of class None; known are"),
+        ("scheduler/scheduler_config.json", "no JSON", "scheduler_config.json is no "),
+        ("transformer/config.json", "{}", "is of class None; known are"),
+    ],
+)
+def test_a_broken_file_is_one_line(folder, file, text, said, capsys):
+    (folder / file).write_text(text)
+    assert said in refused(folder, capsys)
+
+
+def test_a_boundary_belongs_to_two_experts(folder, capsys):
+    changed(folder / "model_index.json", boundary_ratio=0.9)
+    assert "says boundary_ratio 0.9, and there is no transformer_2" in refused(folder, capsys)
+
+
+def test_weights_that_were_not_downloaded_are_missed(folder, capsys):
+    for path in (folder / "text_encoder").glob("*.safetensors"):
+        path.unlink()
+    assert "text_encoder holds no weights; download the whole folder" in refused(folder, capsys)
+
+
+def test_a_downloader_s_cache_is_no_part_of_it(folder):
+    (folder / ".cache").mkdir()
+    (folder / ".cache" / "x.lock").touch()
+    assert main(["adopt", str(folder), *SIZES]) == 0
+    assert not [name for name in student.read_card(folder).files if name.startswith(".")]

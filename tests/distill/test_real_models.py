@@ -4,57 +4,19 @@ from __future__ import annotations
 
 import json
 
-import numpy as np
 import pytest
 import torch
 from diffusers import DiffusionPipeline
 from PIL import Image
 
-from distill import lineage, recipes, student
+from distill import lineage, student
 from distill.__main__ import main
+from distill.backbones import base
 from distill.config import ConfigError
 from distill.run import distil
-from tests.distill import tiny
-from tests.footage import film
-from tests.tiny import wan
-
-RECIPES = {
-    "ti2v-5b": "wan2.2-ti2v-5b",
-    "i2v-14b": "wan2.1-i2v-14b",
-    "i2v-a14b": "wan2.2-i2v-a14b",
-    "t2v-1.3b": "wan2.1-t2v-1.3b",
-    "t2v-a14b": "wan2.1-t2v-1.3b",
-}
-SMALL = {
-    "preset": "smoke",
-    "precision": "float32",
-    "watched": 2,
-    "importance.rho": 0.3,
-    "importance.clips": 2,
-    "pruning.unimportant": 1.0,
-    "pruning.drift_limit": 1e9,
-    "pruning.fit.accumulate": 1,
-    "pruning.fit.batch": 2,
-    "matching.fit.accumulate": 1,
-    "matching.critic.rank": 2,
-}
-
-
-@pytest.fixture(scope="module")
-def footage(tmp_path_factory):
-    """Six short videos of a square that goes somewhere, with captions."""
-    folder = tmp_path_factory.mktemp("footage")
-    for number in range(6):
-
-        def draw(second, width, height, number=number):
-            frame = np.full((height, width, 3), 40 + 30 * number, np.uint8)
-            left = number * 4 + round(20 * second)
-            frame[10:26, left : left + 12] = (200, 30 * number, 90)
-            return frame
-
-        (folder / f"{number}.mp4").write_bytes(film(seconds=1, fps=16, width=48, height=48, draw=draw))
-        (folder / f"{number}.txt").write_text(f"a square number {number} moves right")
-    return folder
+from tests import tiny
+from tests.real_models import RECIPES
+from tests.tiny.wan import BLOCKS
 
 
 @pytest.fixture(scope="module", params=sorted(RECIPES))
@@ -63,50 +25,39 @@ def variant(request):
 
 
 @pytest.fixture(scope="module")
-def teacher(variant, tmp_path_factory):
-    folder = wan.folder(variant, tmp_path_factory.mktemp("teacher") / variant)
-    sizes = {"width": wan.SIZE, "height": wan.SIZE, "num_frames": wan.FRAMES, "num_inference_steps": 2}
-    sizes["max_sequence_length"] = wan.call(variant)["max_sequence_length"]
-    assert main(["adopt", str(folder), *(f"--set={name}={value}" for name, value in sizes.items())]) == 0
-    return folder
+def teacher(real_models, variant):
+    return real_models.teacher(variant)
 
 
 @pytest.fixture(scope="module")
-def data(teacher, footage, tmp_path_factory):
-    out = tmp_path_factory.mktemp("data") / "prepared"
-    assert main(["prepare", str(footage), str(out), "--model", str(teacher), "--set", "held_out=0.4"]) == 0
-    return out
-
-
-def recipe(variant, teacher, data, **more):
-    values = {**SMALL, "teacher": str(teacher), "data": str(data), **more}
-    return recipes.load(RECIPES[variant], tiny.settings(values))
+def data(real_models, variant):
+    return real_models.data(variant)
 
 
 @pytest.fixture(scope="module")
-def run_folder(variant, teacher, data, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("run") / "a"
-    distil(folder, recipe(variant, teacher, data))
-    return folder
+def run_folder(real_models, variant):
+    return real_models.run(variant)
 
 
 def test_a_student_comes_out_that_the_stock_pipeline_calls(variant, run_folder, teacher):
     folder = run_folder / "student"
     card = student.read_card(folder)
-    experts = 1 + variant.endswith("a14b")
-    assert len(card.blocks.pruned) == experts
+    assert len(card.blocks.pruned) >= tiny.networks(variant)
+    backbone = base.load(card.backbone, card.task)
+    network = backbone.network(student.load_pipeline(folder, "cpu"))
     assert card.call["num_inference_steps"] == 4
-    assert card.call["guidance_scale"] == 1.0
-    assert card.sigmas == pytest.approx((1.0, 0.9375, 0.8333, 0.625), abs=1e-3)
+    assert backbone.guidance_at(network, card.call, 0.5) == 1.0
+    wanted = (1.0, 0.9545, 0.875, 0.7) if "hunyuan" in variant else (1.0, 0.9375, 0.8333, 0.625)
+    assert card.sigmas == pytest.approx(wanted, abs=1e-3)
     for part in student.components(teacher).keys() - set(student.OWN):
         assert (folder / part).is_symlink()
     pipe = DiffusionPipeline.from_pretrained(folder, dtype=torch.float32)
     pipe.set_progress_bar_config(disable=True)
-    image = {} if card.task == "t2v" else {"image": torch.zeros(1, 3, wan.SIZE, wan.SIZE)}
-    if variant == "i2v-14b":
-        image = {"image": Image.new("RGB", (wan.SIZE, wan.SIZE))}
-    made = pipe(prompt="a boat", generator=torch.Generator().manual_seed(0), output_type="pt", **image, **card.call)
-    assert made.frames.shape == (1, wan.FRAMES, 3, wan.SIZE, wan.SIZE)
+    size = card.video
+    image = {} if card.task == "t2v" else {"image": Image.new("RGB", (size.width, size.height))}
+    call = backbone.arguments(card.call)
+    made = pipe(prompt="a boat", generator=torch.Generator().manual_seed(0), output_type="pt", **image, **call)
+    assert made.frames.shape == (1, size.num_frames, 3, size.height, size.width)
     assert torch.isfinite(made.frames).all()
 
 
@@ -118,44 +69,42 @@ def test_its_lineage_holds_and_names_the_data(run_folder, data):
     assert main(["lineage", str(run_folder / "student")]) == 0
 
 
-def test_the_same_command_has_nothing_left_to_do(variant, run_folder, teacher, data):
+def test_the_same_command_has_nothing_left_to_do(real_models, variant, run_folder):
     before = student.read_card(run_folder / "student").sha256
-    distil(run_folder, recipe(variant, teacher, data))
+    distil(run_folder, real_models.recipe(variant))
     assert student.read_card(run_folder / "student").sha256 == before
 
 
-def test_a_student_can_be_of_one_of_two_experts(variant, teacher, data, run_folder, tmp_path):
-    if not variant.endswith("a14b"):
+def test_a_student_can_be_of_one_of_two_experts(real_models, variant, teacher, run_folder, tmp_path):
+    if tiny.networks(variant) == 1:
         with pytest.raises(ConfigError, match="experts=low: the teacher is of one network"):
-            distil(tmp_path / "run", recipe(variant, teacher, data, experts="low"))
+            distil(tmp_path / "run", real_models.recipe(variant, experts="low"))
+        assert not (tmp_path / "run").exists()
         return
-    distil(tmp_path / "run", recipe(variant, teacher, data, experts="low"), begun=run_folder)
+    distil(tmp_path / "run", real_models.recipe(variant, experts="low"), begun=run_folder)
     folder = tmp_path / "run" / "student"
     card = student.read_card(folder)
-    assert set(range(wan.BLOCKS)) < set(card.blocks.pruned)  # all of the first expert's, and one of the second's
-    assert len(card.blocks.kept) == wan.BLOCKS - 1
+    assert set(range(BLOCKS)) < set(card.blocks.pruned)  # all of the first expert's, and one of the second's
+    assert len(card.blocks.kept) == BLOCKS - 1
     assert set(student.components(folder)) == set(student.components(teacher)) - {"transformer_2"}
     assert "transformer_2" not in card.parameters
     pipe = DiffusionPipeline.from_pretrained(folder, dtype=torch.float32)
     assert pipe.transformer_2 is None
     assert pipe.config.boundary_ratio is None
-    assert pipe.transformer.config.num_layers == wan.BLOCKS - 1
+    assert pipe.transformer.config.num_layers == BLOCKS - 1
     assert main(["lineage", str(folder)]) == 0
 
 
-def test_the_drawn_world_is_not_for_it(variant, teacher, tmp_path):
+def test_the_drawn_world_is_not_for_it(real_models, variant, tmp_path):
     with pytest.raises(ConfigError, match=r"data=shapes: .* is no model of that world; prepare clips"):
-        distil(tmp_path / "run", recipe(variant, teacher, "shapes"))
+        distil(tmp_path / "run", real_models.recipe(variant, data="shapes"))
 
 
-def test_data_of_another_model_is_refused(variant, data, tmp_path):
+def test_data_of_another_model_is_refused(real_models, variant, data, tmp_path):
     other = "t2v-1.3b" if variant != "t2v-1.3b" else "ti2v-5b"
-    folder = wan.folder(other, tmp_path / other)
-    sizes = {"width": wan.SIZE, "height": wan.SIZE, "num_frames": wan.FRAMES}
-    main(["adopt", str(folder), *(f"--set={name}={value}" for name, value in sizes.items())])
     with pytest.raises(ConfigError, match="prepare the videos again"):
-        distil(tmp_path / "run", recipe(other, folder, data))
-    assert not (tmp_path / "run" / "student").exists()
+        distil(tmp_path / "run", real_models.recipe(other, data=str(data)))
+    assert not (tmp_path / "run").exists()
 
 
 def test_the_gate_holds_it_against_its_teacher(variant, run_folder, teacher, tmp_path, capsys):
@@ -164,7 +113,7 @@ def test_the_gate_holds_it_against_its_teacher(variant, run_folder, teacher, tmp
     clips.mkdir()
     for name in ("one", "two"):
         (clips / f"{name}.txt").write_text(f"a boat, number {name}\n")
-        if "t2v" not in variant:
+        if tiny.takes_an_image(variant):
             Image.new("RGB", (40, 40), (90, 20, 160)).save(clips / f"{name}.png")
     folder, out = str(run_folder / "student"), str(tmp_path / "gate")
     settings = [f"--set=gate.{name}" for name in (f"clips_from={clips}", "reference_clips=2", "clips=2")]

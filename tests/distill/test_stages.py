@@ -344,6 +344,15 @@ def test_the_derivative_of_the_loss_is_the_gradient_over_the_number_of_elements(
     assert torch.allclose(y.grad, gradient / y.numel(), atol=1e-9)
 
 
+def test_given_frames_are_in_no_loss_of_stage_three(batch):
+    y = batch.x0_BCTHW.clone().requires_grad_(True)
+    real, fake = torch.randn(2, *y.shape)
+    made, real, fake = batch.made(y, real, fake)
+    losses.distribution_matching(made, losses.matching_gradient(made.detach(), real, fake)).backward()
+    assert y.grad[:, :, 0].abs().max() == 0
+    assert y.grad[:, :, 1:].abs().min() > 0
+
+
 def test_the_clean_estimate_is_the_identity_without_noise():
     x, velocity = torch.randn(2, 2, 3, 5, 4, 4)
     assert torch.equal(losses.clean(x, torch.zeros(2), velocity), x)

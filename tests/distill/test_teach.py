@@ -119,7 +119,9 @@ def test_the_first_frame_is_given_and_its_loss_left_out(pipeline):
     velocity = noise - x0
     velocity[:, :, 0] += 100
     text = wan.encode_text(pipeline, ["a red circle grows"], {"max_sequence_length": 32})
-    batch = Batch(x0, wan.image_of(x0, {}), text, text, wan.GIVEN_FRAMES)
+    batch = Batch(
+        x0, x0.shape[1:], wan.image_of(x0, {}), text, text, wan.GIVEN_FRAMES, ["a red circle grows"], x0.device
+    )
     assert losses.flow_matching(*batch.made(velocity, x0, noise)) == 0
     sigma = torch.tensor([0.7])
     one = wan.predict_velocity(pipeline.transformer, x0, sigma, batch.image, text)

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from diffusers import DiffusionPipeline
+from diffusers import DiffusionPipeline, UniPCMultistepScheduler
 
-from distill import sampler
-from distill.backbones import base, conditions, experts, wan
+from distill import recipes, sampler
+from distill.backbones import base, conditions, experts, wan, wan_i2v
+from distill.stages import matching
 from tests.distill.conftest import one_thread
 from tests.tiny import wan as tiny
 
@@ -53,23 +54,21 @@ def inputs(variant, backbone, pipe, first):
     return x, torch.tensor([0.95, 0.5]), given.image, given.text
 
 
+@pytest.mark.parametrize("scheduler", ["euler", "unipc"])
 @pytest.mark.parametrize("guidance_scale", [1.0, 3.0])
-def test_our_sampler_equals_the_stock_pipeline(variant, backbone, pipe, first, guidance_scale):
+def test_our_sampler_equals_the_stock_pipeline(variant, backbone, pipe, first, guidance_scale, scheduler, monkeypatch):
+    if scheduler == "unipc":  # as the released folders have it
+        released = UniPCMultistepScheduler(use_flow_sigmas=True, prediction_type="flow_prediction", flow_shift=5.0)
+        monkeypatch.setattr(pipe, "scheduler", released)
     call = tiny.call(variant, guidance_scale=guidance_scale)
     noise = sampler.draw_noise(backbone, pipe, range(2), call)
     ours = sampler.sample(backbone, pipe, first, PROMPTS, call, noise)
     for i, prompt in enumerate(PROMPTS):
         image = {} if first is None else {"image": first[i : i + 1] / 2 + 0.5}
         if variant == "i2v-14b":  # what the stock call is given is one picture, which CLIP and the autoencoder see
-            image["image"] = _picture(first[i])
+            image["image"] = wan_i2v.picture(first[i])
         stock = pipe(prompt=prompt, generator=torch.Generator().manual_seed(i), output_type="pt", **image, **call)
         assert torch.allclose(ours[i].transpose(0, 1).clamp(-1, 1), stock.frames[0] * 2 - 1, atol=1e-4)
-
-
-def _picture(first_CHW):
-    from distill.backbones.wan_i2v import _picture
-
-    return _picture(first_CHW)
 
 
 def test_the_low_noise_expert_has_a_scale_of_its_own():
@@ -119,6 +118,24 @@ def test_blocks_skipped_pruned_and_read_again_are_the_same(variant, backbone, pi
         assert all(torch.equal(p, other.get_parameter(name)) for name, p in one.named_parameters())
     assert type(again) is type(network)
     assert [m.config.num_layers for m in backbone.networks(again).values()] == [tiny.BLOCKS - 1] * len(groups)
+
+
+def test_the_critic_is_a_lora_on_both_experts_and_is_scaled_in_both(backbone, network, inputs):
+    base_ = backbone.without_blocks(network, ()).eval()
+    lora = recipes.load("shapes", []).matching.critic.model_copy(update={"rank": 2})
+    critic = matching.Critic(backbone, base_, lora, ())
+    for model in experts.models(base_):
+        layers = [p for name, p in model.named_parameters() if "lora_B" in name]
+        assert layers
+        for layer in layers:
+            torch.nn.init.normal_(layer)
+    with torch.no_grad():
+        plain, fake = backbone.predict_velocity(network, *inputs), backbone.predict_velocity(base_, *inputs)
+        apart = (fake - plain).abs().amax(dim=(1, 2, 3, 4))
+        assert apart.min() > 1e-3  # the clip of either expert
+        with critic.scaled(0):
+            assert torch.allclose(backbone.predict_velocity(base_, *inputs), plain, atol=1e-5)
+        assert torch.allclose(backbone.predict_velocity(base_, *inputs), fake, atol=1e-5)
 
 
 def test_one_expert_less_can_be_pruned_than_the_other():

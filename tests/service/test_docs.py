@@ -180,6 +180,6 @@ def test_the_page_opens_whole_and_sends_its_example(stack):
         assert answer.value.status == 202, answer.value.text()
         expect(create.locator(".live-responses-table").get_by_text("vid_").first).to_be_visible()
         create.get_by_label("Request content type").select_option("multipart/form-data")
-        expect(create.locator("input[type=file]")).to_be_visible()
+        expect(create.locator("input[type=file]")).to_have_count(2)  # image and video
         browser.close()
     assert (complaints, elsewhere) == ([], [])

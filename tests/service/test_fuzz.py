@@ -131,6 +131,7 @@ class Fuzz:
         for name in IMAGE_FIELDS:
             if name in case.body and help_["picture"]:
                 case.body[name] = self.image if is_form else url
+                case.body.pop("video", None)
         if "prompt" in case.body and help_["prompt"]:
             case.body["prompt"] = PROMPT
         if "recipe" in case.body and help_["prompt"]:

@@ -295,7 +295,7 @@ def everything(stack) -> tuple[set[str], set[str]]:
         ({"webhook_url": "http://example.org/x"}, 422, "webhook_url", "https"),
         ({"webhook_url": "https://127.0.0.1/x"}, 422, "webhook_url", "public"),
         ({"k" * 500: "red"}, 422, "k" * 64, "at most 200 are taken"),
-        ({"colour": "red"}, 422, "colour", "there is no such field; there are image, prompt, seed, model, steps"),
+        ({"colour": "red"}, 422, "colour", "there is no such field; there are image, video, prompt, seed, model"),
     ],
 )
 def test_wrong_fields_say_what_was_wrong_and_leave_nothing(client, stack, image, fields, status, param, says):
@@ -311,7 +311,7 @@ def test_wrong_fields_say_what_was_wrong_and_leave_nothing(client, stack, image,
     ("request_", "status", "param"),
     [
         pytest.param({"files": {"image": ("x.png", b"no")}, "data": {"prompt": PROMPT}}, 415, "image", id="bytes"),
-        pytest.param({"files": {"picture": ("x.png", b"")}, "data": {"prompt": PROMPT}}, 422, "image", id="no-image"),
+        pytest.param({"files": {"picture": ("x.png", b"")}, "data": {"prompt": PROMPT}}, 422, "picture", id="no-image"),
         pytest.param({"json": {"prompt": PROMPT}}, 422, "image", id="json-no-image"),
         pytest.param({"json": {"image": "https://example.com/a.png", "prompt": PROMPT}}, 422, "image", id="url"),
         pytest.param({"json": {"image": 7, "prompt": PROMPT}}, 422, "image", id="json-number"),

@@ -65,7 +65,7 @@ def store(make_store):
 @pytest.fixture
 def submit(example_image):
     def one(store: JobStore) -> Record:
-        ask = Ask(GenerateFields(prompt=PROMPT, seed=1), image_sha256="")
+        ask = Ask(GenerateFields(prompt=PROMPT, seed=1), source_sha256="")
         record, is_new = store.submit(Principal(LOCAL, frozenset()), ask, example_image.read_bytes())
         assert is_new
         return record

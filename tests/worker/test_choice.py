@@ -157,7 +157,7 @@ def test_the_text_cache_is_bounded(engines):
     one = pipeline._texts.currsize
     pipeline._texts = type(pipeline._texts)(2 * one + 1, getsizeof=pipeline._texts.getsizeof)
     for colour in ("red", "green", "blue", "white"):
-        pipeline._encode_text(f"a {colour} circle moves right quickly, static camera")
+        pipeline._encode_text(f"a {colour} circle moves right quickly, static camera", None)
     assert (len(pipeline._texts), pipeline._texts.currsize) == (2, 2 * one)
     assert load(engines, engine="eager", text_cache_mb=0)._texts.currsize == 0
 

@@ -43,7 +43,7 @@ class Drained:
         return self.stack.log("tests.held_worker")
 
     def submit(self, seed: int) -> Record:
-        ask = Ask(GenerateFields(prompt="x", seed=seed), image_sha256="")
+        ask = Ask(GenerateFields(prompt="x", seed=seed), source_sha256="")
         record, _ = self.store.submit(Principal(LOCAL, frozenset()), ask, self.image)
         return record
 

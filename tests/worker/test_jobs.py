@@ -16,6 +16,7 @@ from rq.timeouts import JobTimeoutException
 
 from distill.prompt import Prompt
 from distill.student import Card, Video
+from tests.footage import film
 from tests.stack import new_record
 from worker import jobs
 from worker.attempts import claim, hand_back, lost
@@ -416,3 +417,69 @@ def test_a_late_attempt_whose_engine_is_lost_takes_nothing_from_the_winner(runti
     after = runtime.records.get(job.id)
     assert (after.status, after.worker, after.attempt) == (Status.RUNNING, "worker-b", 2)
     assert runtime.is_lost
+
+
+# --- models that take no image ----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def from_text(runtime, monkeypatch):
+    """The pipeline's model makes videos from text."""
+    pipeline = runtime.loaded.active
+    monkeypatch.setattr(pipeline, "card", pipeline.card.model_copy(update={"task": "t2v", "sigmas": (1.0, 0.5)}))
+    return pipeline
+
+
+def submitted(runtime, source: str, **fields) -> Record:
+    made = new_record(model="m").model_copy(update={"source": source, **fields})
+    runtime.records.create(made, max_queued=10)
+    return runtime.records.get(made.id)
+
+
+@pytest.mark.usefixtures("from_text")
+def test_a_job_of_a_sentence_alone_needs_no_input(runtime):
+    job = submitted(runtime, "none")
+    jobs.generate(job.id)
+    after = runtime.records.get(job.id)
+    assert (after.status, after.first_step) == (Status.SUCCEEDED, None)
+    assert "input_sha256" not in json.loads(runtime.storage.read(output_path(job.id, "json")))
+
+
+def test_a_job_of_a_video_hands_it_over_at_the_models_size_and_says_where_it_began(runtime, from_text, monkeypatch):
+    job = submitted(runtime, "video", strength=0.6)
+    runtime.storage.write(input_path(job.id, "video"), film(width=64, height=32, seconds=2, fps=4))
+    given = {}
+
+    def denoise(image, _prompt, **rest):
+        given.update(rest, image=image)
+        return Denoised(None, {Phase.DENOISING: 0.1}, first_step=1)
+
+    monkeypatch.setattr(from_text, "denoise", denoise)
+    jobs.generate(job.id)
+    assert (given["image"], given["strength"], given["video_THWC"].shape) == (None, 0.6, (5, 16, 16, 3))
+    assert runtime.records.get(job.id).first_step == 1
+    manifest = json.loads(runtime.storage.read(output_path(job.id, "json")))
+    assert (manifest["strength"], manifest["first_step"], manifest["first_sigma"]) == (0.6, 1, 0.5)
+    # An attempt that died after it had published is completed from the manifest.
+    runtime.records.redis.hset(f"flg:job:{job.id}", "status", "running")
+    runtime.records.redis.hdel(f"flg:job:{job.id}", "first_step")
+    jobs.generate(job.id)
+    assert runtime.records.get(job.id).first_step == 1
+
+
+@pytest.mark.usefixtures("from_text")
+def test_an_input_video_that_is_gone_is_said_to_be(runtime):
+    job = submitted(runtime, "video", strength=0.6)
+    jobs.generate(job.id)
+    after = runtime.records.get(job.id)
+    assert (after.error_code, after.error_message) == ("input_missing", "the input video is no longer in the storage")
+
+
+def test_a_job_whose_model_gave_way_to_one_of_another_task_says_so(runtime, job, from_text):
+    jobs.generate(job.id)
+    after = runtime.records.get(job.id)
+    assert (after.status, after.error_code) == (Status.FAILED, "model_gone")
+    assert "(task t2v) took the place of the model that this job was for, and makes nothing from an image" in (
+        after.error_message
+    )
+    assert from_text.calls == 0

@@ -89,7 +89,7 @@ def worker(held):
 
 
 def submit_to(store: JobStore, prompt: str, seed: int, image: Path) -> Record:
-    ask = Ask(GenerateFields(prompt=prompt, seed=seed), image_sha256="")
+    ask = Ask(GenerateFields(prompt=prompt, seed=seed), source_sha256="")
     record, _ = store.submit(Principal(LOCAL, frozenset()), ask, image.read_bytes())
     return record
 

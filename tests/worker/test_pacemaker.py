@@ -43,7 +43,7 @@ class Two:
     def hold(self, seconds: int, image: Path, order: str = "hold"):
         """Have a job hold the lock of its worker; the record as it has begun, and its worker's process."""
         (self.folder / order).write_text(str(seconds))
-        ask = Ask(GenerateFields(prompt="x", seed=1), image_sha256="")
+        ask = Ask(GenerateFields(prompt="x", seed=1), source_sha256="")
         record, _ = self.store.submit(Principal(LOCAL, frozenset()), ask, image.read_bytes())
         wait_for((self.folder / "held-by").exists, 20, self.log())
         wait_for(lambda: (self.folder / "held-by").read_text(), 1, "its number")

@@ -11,8 +11,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from distill.student import Video
 from tests.clips import decode
-from worker.video import EncodingError, Mp4Writer, encode_mp4, encode_thumbnail
+from tests.footage import film, frames_of
+from worker.video import EncodingError, Mp4Writer, encode_mp4, encode_thumbnail, read_input
 
 
 @pytest.fixture
@@ -137,3 +139,25 @@ def test_a_thumbnail_is_the_frame(frames):
     with Image.open(io.BytesIO(encode_thumbnail(frames[8]))) as image:
         assert image.format == "JPEG"
         assert np.abs(np.asarray(image).astype(int) - frames[8].astype(int)).mean() < 6
+
+
+def test_a_video_to_start_from_is_read_as_it_is():
+    mp4 = film()
+    read = read_input(mp4, Video(width=96, height=64, num_frames=17, fps=8))
+    assert np.array_equal(read, frames_of(mp4))
+
+
+def test_one_that_was_kept_for_another_model_is_fitted():
+    mp4 = film(seconds=2, fps=8)
+    read = read_input(mp4, Video(width=32, height=32, num_frames=13, fps=4))
+    assert read.shape == (13, 32, 32, 3)
+    # Twice as far from frame to frame, cropped to the middle, and at its end it stays.
+    near = np.stack([np.asarray(Image.fromarray(one[:, 16:80]).resize((32, 32))) for one in frames_of(mp4)[::2]])
+    assert np.abs(read[:8].astype(int) - near).mean() < 1
+    assert np.array_equal(read[8], read[12])
+
+
+@pytest.mark.parametrize("mp4", [b"", film()[:1500], b"no video"])
+def test_one_that_cannot_be_read_is_an_error_that_says_so(mp4):
+    with pytest.raises(EncodingError, match="the video to start from cannot be read"):
+        read_input(mp4, Video(width=96, height=64, num_frames=17, fps=8))

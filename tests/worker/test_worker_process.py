@@ -49,7 +49,7 @@ def store(own, queue_redis):
 
 @pytest.fixture
 def submit(store, example_image):
-    ask = Ask(GenerateFields(prompt=PROMPT, seed=3), image_sha256="")
+    ask = Ask(GenerateFields(prompt=PROMPT, seed=3), source_sha256="")
     return lambda: store.submit(Principal(LOCAL, frozenset()), ask, example_image.read_bytes())[0]
 
 

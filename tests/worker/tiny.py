@@ -68,7 +68,9 @@ def model(transformer: WanTransformer3DModel, name: str = "one", **dims: int) ->
     """What of a `choice.Model` the making of an engine reads; ``name`` stands for its weights."""
     return SimpleNamespace(
         pipe=SimpleNamespace(transformer=transformer),
-        card=SimpleNamespace(name=name, sha256=name, files={"transformer/w": name, "vae/w": "same"}),
+        transformer=transformer,
+        component="transformer",
+        card=SimpleNamespace(name=name, sha256=name, backbone="wan", files={"transformer/w": name, "vae/w": "same"}),
         backbone=wan,
         inputs={key: value.to(transformer.device) for key, value in inputs(transformer, **dims).items()},
     )

@@ -52,7 +52,7 @@ class Engine(ABC):
                 raise TypeError(f"an engine takes tensors; {name} is {type(value).__name__}")
         return (self.infer(given),)
 
-    def cache_context(self, _name: str) -> AbstractContextManager[None]:
+    def cache_context(self, _name: str, **_about: Any) -> AbstractContextManager[None]:
         """For diffusers' feature caches, which engines have none of."""
         return nullcontext()
 

@@ -30,7 +30,6 @@ EngineKind = Literal["auto", "eager", "ort", "trt"]
 GRAPH = "graph.onnx"
 _PARITY = 1e-4
 """Largest difference from PyTorch that an engine in full precision may show, as a share of the largest value."""
-_FRAMES_IN_A_PIECE = 4
 
 
 @dataclass(frozen=True)
@@ -73,6 +72,13 @@ def check_settings(wanted: Wanted) -> None:
     for setting, (is_set, others) in together.items():
         if is_set and others:
             raise EngineError(f"{setting} and {others[0]} cannot be had together; leave one of them out")
+
+
+def check_experts(wanted: Wanted, others: int) -> None:
+    """Refuse what a model of several experts cannot do. Raises ``EngineError``."""
+    if others and wanted.max_batch > 1:
+        # A clip waits for the others at one engine, and they for it at the other.
+        raise EngineError(f"MAX_BATCH={wanted.max_batch}: the model is of two experts, set it to 1")
 
 
 @dataclass(frozen=True)
@@ -138,8 +144,7 @@ def choose_other(model: Model, component: str, wanted: Wanted, like: Choice) -> 
         EngineError: it does not work, though the first one's does.
     """
     kind: EngineKind = "eager" if wanted.of_eager else like.kind
-    engine = _MAKERS[kind](replace(model, component=component), replace(wanted, engine=kind)).engine
-    return BatchingEngine(engine, wanted.max_batch) if wanted.max_batch > 1 else engine
+    return _MAKERS[kind](replace(model, component=component), replace(wanted, engine=kind)).engine
 
 
 def _choose(model: Model, wanted: Wanted) -> Choice:
@@ -187,7 +192,8 @@ def _ort(model: Model, wanted: Wanted) -> Choice:
             "transformer": (model.transformer.config, model.component),
             "decoder": (model.pipe.vae.config, "vae"),
         }[part]
-        read = graph_read(config, inputs, axes)
+        # Two backbones may make different graphs of one configuration.
+        read = {**graph_read(config, inputs, axes), "backbone": model.card.backbone}
         weights = {name: sha256 for name, sha256 in model.card.files.items() if name.startswith(f"{own}/")}
         about = {
             "engine": "ort",
@@ -224,7 +230,9 @@ def _ort(model: Model, wanted: Wanted) -> Choice:
         _compare("the decoder", run(**inputs), whole(**inputs)[0])
         return run
 
-    return Choice(engine, _decoder(model, wanted, run_whole, "ort"), None, made.get("transformer", "loaded"), kind="ort")
+    return Choice(
+        engine, _decoder(model, wanted, run_whole, "ort"), None, made.get("transformer", "loaded"), kind="ort"
+    )
 
 
 def _trt(model: Model, wanted: Wanted) -> Choice:
@@ -267,7 +275,8 @@ def _decoder(
     if wanted.offload == "none" and fits(video.num_frames):
         run = run_whole() if run_whole else model.backbone.WholeDecoder(vae)
         return decoders.WholeDecoder(run, f"whole-{name}")
-    kind = decoders.PieceDecoder if fits(_FRAMES_IN_A_PIECE) else decoders.TiledDecoder
+    piece = model.backbone.FRAMES_IN_A_PIECE or video.num_frames
+    kind = decoders.PieceDecoder if fits(piece) else decoders.TiledDecoder
     return kind(model.backbone, vae)
 
 

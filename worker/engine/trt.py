@@ -476,6 +476,7 @@ def _make(model: choice.Model, builds: Cache, sizes: Sequence[Shapes], expected:
         transformer=type(transformer).__name__,
         parameters=_parameters(weights),
         sizes=all_sizes,
+        backbone=model.card.backbone,
         **choice.graph_read(transformer.config, model.inputs, axes),
     )
     structure = (builds.get(key, describe, {"part": "structure", **about}) / "structure.sha256").read_text()
