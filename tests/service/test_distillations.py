@@ -8,6 +8,7 @@ import time
 import httpx
 import pytest
 
+from distill.recipes import RECIPES
 from service.app import create_app
 from service.distillation_schema import DistillationFields
 from service.distillations import DistillationStore
@@ -80,7 +81,7 @@ def wait_until_over(client, made: dict, seconds: float) -> dict:
 @pytest.mark.parametrize(
     ("body", "param", "says"),
     [
-        ({"recipe": "squares"}, "recipe", "recipe: got 'squares'; there are shapes"),
+        ({"recipe": "squares"}, "recipe", f"recipe: got 'squares'; there are {', '.join(RECIPES)}"),
         ({"recipe": "shapes", "preset": "tiny"}, "preset", "preset: got 'tiny'; there are full, quick, smoke"),
         ({"preset": "smoke"}, "recipe", "recipe: Field required"),
         ({"recipe": "shapes", "set": ["seed=1"]}, "set", "set: Extra inputs are not permitted"),

@@ -57,7 +57,7 @@ def shares_of(pipeline, **start) -> list[float]:
 def test_the_model_is_asked_for_its_own_noise_levels_from_the_first_step_on(pipeline, monkeypatch, strength, first):
     timesteps: list[float] = []
     engine = Observed(pipeline.choice.engine, lambda inputs: timesteps.append(inputs["timestep"].item()))
-    monkeypatch.setattr(pipeline, "choice", type(pipeline.choice)(engine, pipeline.choice.decoder, None))
+    monkeypatch.setattr(pipeline, "_engines", {"transformer": engine})
     start = {} if strength is None else {"video_THWC": VIDEO, "strength": strength}
     denoised = pipeline.denoise(None, PROMPT, seed=1, **start)
     assert timesteps == pytest.approx([1000 * sigma for sigma in pipeline.card.sigmas[first:]], abs=1e-3)
@@ -68,7 +68,7 @@ def test_the_noise_over_a_video_is_that_of_the_step(pipeline, monkeypatch):
     """What the transformer is given first is (1 - sigma) x_0 + sigma noise."""
     given: list[torch.Tensor] = []
     engine = Observed(pipeline.choice.engine, lambda inputs: given.append(inputs["hidden_states"]))
-    monkeypatch.setattr(pipeline, "choice", type(pipeline.choice)(engine, pipeline.choice.decoder, None))
+    monkeypatch.setattr(pipeline, "_engines", {"transformer": engine})
     pipeline.denoise(None, PROMPT, seed=1)
     noise_BCTHW = given[0]
     given.clear()
@@ -189,11 +189,11 @@ def test_its_steps_are_told_and_it_can_be_stopped_between_them(hunyuan, first):
         with torch.no_grad():
             hunyuan(**words, height=32, width=32, num_frames=5, num_inference_steps=4, output_type="latent")
 
-    def stop(_done: int) -> None:
+    def stop(_done: int, _made: torch.Tensor) -> None:
         raise Stop
 
     done: list[int] = []
-    run(done.append)
+    run(lambda number, _made: done.append(number))
     assert done == list(range(1, 5 - first))
     assert len(calls) == 2 * len(done)
     calls.clear()
