@@ -20,7 +20,7 @@ from worker.settings import Settings
 PROMPT = "a red circle grows"
 
 
-@pytest.fixture(scope="module", params=sorted(tiny.BACKBONES))
+@pytest.fixture(scope="module")
 def variant(request):
     return request.param
 
@@ -55,7 +55,16 @@ def load(folder, engines, **settings):
     return VideoPipeline(folder, Options.of(Settings(device="cpu", torch_threads=1, engines=engines, **settings)))
 
 
-@pytest.mark.parametrize("engine", ["ort", pytest.param("eager", marks=pytest.mark.slow)])
+OFTEN = ("i2v-14b", "t2v-a14b", "hunyuan-i2v", "hunyuan15-i2v")
+"""One of each kind of graph."""
+EACH = [
+    pytest.param(variant, engine, marks=[] if engine == "ort" and variant in OFTEN else pytest.mark.slow)
+    for variant in sorted(tiny.BACKBONES)
+    for engine in ("ort", "eager")
+]
+
+
+@pytest.mark.parametrize(("variant", "engine"), EACH, indirect=["variant"])
 def test_a_worker_makes_what_the_stock_pipeline_makes(variant, folder, image, stock_THWC, engine, engines):
     pipeline = load(folder, engines, engine=engine)
     assert pipeline.engine == f"{engine}-cpu"
