@@ -503,6 +503,7 @@ def test_exporting_changes_nothing_but_how_it_is_computed(case):
     assert {name: type(of) for name, of in case.transformer.attn_processors.items()} == processors
 
 
+@pytest.mark.slow  # the worker's tests export those of two
 @pytest.mark.parametrize("variant", EVERY)
 @torch.no_grad()
 def test_an_exported_decoder_gives_what_pytorch_does(made, variant, tmp_path):

@@ -357,6 +357,7 @@ def test_an_interrupted_one_goes_on_to_the_same_bytes(
     assert "finished already" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_signal_to_the_whole_group_is_one_to_stop(source: Path, tiny_teacher: Path, tmp_path: Path) -> None:
     """As a batch system sends it: the processes that read videos get it too, or would."""
     table, out = tmp_path / "list.csv", tmp_path / "out"
