@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -225,10 +226,4 @@ def _config(folder: Path, component: str) -> dict[str, Any]:
 
 
 def _parameters(component: Path) -> int:
-    count = 0
-    for shape in student.shapes_of(component).values():
-        size = 1
-        for length in shape:
-            size *= length
-        count += size
-    return count
+    return sum(math.prod(shape) for shape in student.shapes_of(component).values())

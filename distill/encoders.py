@@ -20,7 +20,7 @@ from diffusers import DiffusionPipeline
 from PIL import Image
 from torch import Tensor, nn
 
-from distill import sampler, student
+from distill import student
 from distill.backbones import base
 from distill.backbones.conditions import Conditions
 from distill.config import ConfigError, PrepareConfig
@@ -77,7 +77,7 @@ class Encoders:
     def negative(self) -> Conditions:
         """Of the negative prompt: the same for all clips, as it is made without a picture."""
         with self._encoding():
-            text = self.backbone.encode_text(self.pipe, [sampler.negative_prompt(self.card.call)], self.card.call)
+            text = self.backbone.encode_text(self.pipe, [base.negative_prompt(self.card.call)], self.card.call)
         return self._kept("negative", text)
 
     def _beside(self, x0_BCTHW: Tensor, first_BCHW: Tensor | None, caption: str) -> Conditions:

@@ -191,10 +191,15 @@ def by_kind(split: str, count: int) -> tuple[list[int], list[int]]:
     return closed[:count], opened[:count]
 
 
+def is_of_world(card: student.Card) -> bool:
+    """Whether a model makes clips of the drawn world, at its size."""
+    size = (card.video.num_frames, card.video.height, card.video.width)
+    return card.prompt.grammar == shapes.GRAMMAR and size == (shapes.NUM_FRAMES, shapes.SIZE, shapes.SIZE)
+
+
 def check_world(card: student.Card) -> None:
     """Only videos of the drawn world can be measured. Raises ``ConfigError``."""
-    size = (card.video.num_frames, card.video.height, card.video.width)
-    if card.prompt.grammar != shapes.GRAMMAR or size != (shapes.NUM_FRAMES, shapes.SIZE, shapes.SIZE):
+    if not is_of_world(card):
         raise ConfigError(
             f"{card.name} is no model of the world shapes, which alone is measured by fitting it; "
             "`python -m distill gate` compares a student with its teacher, `vbench` any videos"

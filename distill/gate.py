@@ -280,8 +280,7 @@ class ShapesClips:
     version = GATE_SET
 
     def __init__(self, config: GateConfig, card: Card) -> None:
-        size = (card.video.num_frames, card.video.height, card.video.width)
-        if card.prompt.grammar != shapes.GRAMMAR or size != (shapes.NUM_FRAMES, shapes.SIZE, shapes.SIZE):
+        if not evaluate.is_of_world(card):
             raise ConfigError(
                 f"{card.name} is no model of the world shapes, whose clips are {GATE_SET}; "
                 "set gate.clips_from to a folder of images with a .txt each that holds the prompt"

@@ -14,10 +14,9 @@ import torch
 from torch import Tensor
 
 from distill.backbones import conditions
-from distill.backbones.base import Backbone, Call
+from distill.backbones.base import Backbone, Call, negative_prompt
 from distill.backbones.conditions import Conditions
-
-NUM_TRAIN_TIMESTEPS = 1000
+from distill.backbones.usual import NUM_TRAIN_TIMESTEPS
 
 
 @dataclass(frozen=True)
@@ -71,11 +70,6 @@ def encode(backbone: Backbone, pipe: Any, first_BCHW: Tensor | None, prompts: Se
         backbone.encode_text(pipe, list(prompts), call, first_BCHW),
         backbone.encode_text(pipe, unwanted, call) if guided else None,
     )
-
-
-def negative_prompt(call: Call) -> str:
-    """What the guidance leads away from: the empty prompt, if ``call`` says nothing."""
-    return call.get("negative_prompt") or ""
 
 
 @torch.no_grad()

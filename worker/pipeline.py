@@ -379,10 +379,9 @@ class VideoPipeline:
         first_BCHW = None
         if of.TEXT_SEES_IMAGE and image is not None:
             first_BCHW = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None] / 127.5 - 1
-        unwanted = call.get("negative_prompt") or ""
         made = of.text_inputs(
             of.encode_text(self._pipe, [prompt], call, first_BCHW),
-            of.encode_text(self._pipe, [unwanted], call) if self._guided else None,
+            of.encode_text(self._pipe, [backbones.negative_prompt(call)], call) if self._guided else None,
         )
         if first_BCHW is None and _bytes(made) <= self._texts.maxsize:
             self._texts[prompt] = made

@@ -26,6 +26,7 @@ from distill.backbones import (
     hunyuan_i2v_concat,
     hunyuan_network,
     hunyuan_t2v,
+    usual,
     wan,
     wan_i2v,
     wan_t2v,
@@ -35,6 +36,11 @@ from distill.config import ConfigError
 
 Call = dict[str, Any]
 """Keyword arguments of the stock pipeline: a card's ``call``."""
+
+
+def negative_prompt(call: Call) -> str:
+    """What the guidance of a stock call leads away from: the empty prompt, if it says nothing."""
+    return call.get("negative_prompt") or ""
 
 
 class Backbone(Protocol):
@@ -192,14 +198,14 @@ def _varied(*modules: ModuleType) -> Backbone:
     return cast(Backbone, SimpleNamespace(**{name: of for module in modules for name, of in vars(module).items()}))
 
 
-_HUNYUAN = (hunyuan_network, hunyuan_autoencoder, hunyuan_t2v)
+_HUNYUAN = (usual, hunyuan_network, hunyuan_autoencoder, hunyuan_t2v)
 _HUNYUAN15 = (*_HUNYUAN, hunyuan15_autoencoder, hunyuan15_t2v)
 
 
 BACKBONES: dict[str, Backbone] = {
     "wan": wan,
-    "wan-i2v": _varied(wan, wan_i2v),
-    "wan-t2v": _varied(wan, wan_t2v),
+    "wan-i2v": _varied(wan, usual, wan_i2v),
+    "wan-t2v": _varied(wan, usual, wan_t2v),
     "hunyuan-t2v": _varied(*_HUNYUAN),
     "hunyuan-i2v": _varied(*_HUNYUAN, hunyuan_i2v),
     "hunyuan-i2v-concat": _varied(*_HUNYUAN, hunyuan_i2v, hunyuan_i2v_concat),

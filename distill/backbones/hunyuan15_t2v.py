@@ -20,7 +20,7 @@ from torch import Tensor
 
 from distill.backbones import hunyuan_network, hunyuan_t2v
 from distill.backbones.conditions import Conditions
-from distill.backbones.hunyuan_network import NUM_TRAIN_TIMESTEPS
+from distill.backbones.usual import NUM_TRAIN_TIMESTEPS
 
 EXPORT_AXES: Mapping[str, tuple[int, ...]] = {
     "hidden_states": (0, 2, 3, 4),

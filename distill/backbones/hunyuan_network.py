@@ -23,7 +23,6 @@ from torch.nn import functional as F
 
 from distill.backbones import experts
 
-NUM_TRAIN_TIMESTEPS = 1000
 one_expert = experts.one
 _LISTS = {"num_layers": "transformer_blocks", "num_single_layers": "single_transformer_blocks"}
 """The lists of blocks in order, by what the configuration calls their length."""

@@ -4,7 +4,7 @@ Timesteps are noise levels times 1000, and the output is the velocity (noise - x
 that is an input of the network (``guidance_scale`` of the call; a constant of it, so it is kept with the text), and
 classifier-free guidance (``true_cfg_scale``, with a negative prompt).
 
-What is not here is in `distill.backbones.hunyuan_network` and `hunyuan_autoencoder`.
+What is not here is in `distill.backbones.hunyuan_network`, `hunyuan_autoencoder` and `usual`.
 """
 
 from __future__ import annotations
@@ -19,11 +19,9 @@ from torch import Tensor
 
 from distill.backbones import hunyuan_network
 from distill.backbones.conditions import Conditions
-from distill.backbones.hunyuan_network import NUM_TRAIN_TIMESTEPS
+from distill.backbones.usual import NUM_TRAIN_TIMESTEPS
 
 TASKS = ("t2v",)
-GIVEN_FRAMES = 0
-TEXT_SEES_IMAGE = False
 EXPORT_AXES: Mapping[str, tuple[int, ...]] = {
     "hidden_states": (0, 2, 3, 4),
     "timestep": (0,),
@@ -67,31 +65,6 @@ def arguments_of(text: Conditions, negative: Conditions | None, names: Mapping[s
     return {**inputs, "negative_prompt": None}
 
 
-def encode_image(pipe: Any, first_BCHW: Tensor | None, call: Mapping[str, Any]) -> Conditions:
-    """No frame is given: there are none."""
-    return {}
-
-
-def image_of(x0_BCTHW: Tensor, kept: Conditions) -> Conditions:
-    """None."""
-    return {}
-
-
-def to_keep(image: Conditions) -> Conditions:
-    """Nothing."""
-    return {}
-
-
-def with_given(x_BCTHW: Tensor, image: Conditions) -> Tensor:
-    """As they are."""
-    return x_BCTHW
-
-
-def starting(noise_BCTHW: Tensor, image: Conditions) -> Tensor:
-    """From pure noise."""
-    return noise_BCTHW
-
-
 def set_steps(scheduler: Any, num_inference_steps: int) -> None:
     """Equal steps before the shift, the first one at 1: the pipelines give the levels and do not leave them to the
     scheduler, which would end at another one."""
@@ -106,21 +79,6 @@ def latent_shape(pipe: Any, call: Mapping[str, Any]) -> tuple[int, int, int, int
         call["height"] // pipe.vae_scale_factor_spatial,
         call["width"] // pipe.vae_scale_factor_spatial,
     )
-
-
-def arguments(call: Mapping[str, Any]) -> dict[str, Any]:
-    """All of it."""
-    return dict(call)
-
-
-def frames_of(call: Mapping[str, Any]) -> int:
-    """As asked."""
-    return int(call["num_frames"])
-
-
-def latents_to_decode(given_BCTHW: Tensor, stepped_BCTHW: Tensor) -> Tensor:
-    """What the stock call gives."""
-    return given_BCTHW
 
 
 def guidance_at(transformer: Any, call: Mapping[str, Any], sigma: float) -> float:

@@ -20,11 +20,15 @@ from torch.nn import functional as F
 
 from distill.backbones import experts, wan_autoencoder
 from distill.backbones.conditions import Conditions
+from distill.backbones.usual import NUM_TRAIN_TIMESTEPS
+from distill.backbones.usual import TEXT_SEES_IMAGE as TEXT_SEES_IMAGE  # these, too, are a part of this backbone
+from distill.backbones.usual import arguments as arguments
+from distill.backbones.usual import frames_of as frames_of
+from distill.backbones.usual import latents_to_decode as latents_to_decode
+from distill.backbones.usual import starting as starting
 
 TASKS: tuple[str, ...] = ("ti2v",)
 GIVEN_FRAMES = 1
-TEXT_SEES_IMAGE = False
-NUM_TRAIN_TIMESTEPS = 1000
 TEXT_TOKENS = 512
 """Of a context that begins with an image's tokens, where the stock attention cuts it."""
 
@@ -138,16 +142,6 @@ def latent_shape(pipe: Any, call: Mapping[str, Any]) -> tuple[int, int, int, int
     )
 
 
-def frames_of(call: Mapping[str, Any]) -> int:
-    """As asked."""
-    return int(call["num_frames"])
-
-
-def latents_to_decode(given_BCTHW: Tensor, stepped_BCTHW: Tensor) -> Tensor:
-    """What the stock call gives."""
-    return given_BCTHW
-
-
 def guidance_at(transformer: Any, call: Mapping[str, Any], sigma: float) -> float:
     """Scale of classifier-free guidance at a noise level, standard unit: the low-noise expert may have its own."""
     scale: float = call["guidance_scale"]
@@ -162,11 +156,6 @@ def calling(call: Mapping[str, Any], num_inference_steps: int, guidance_scale: f
     return {**rest, "num_inference_steps": num_inference_steps, "guidance_scale": guidance_scale}
 
 
-def arguments(call: Mapping[str, Any]) -> dict[str, Any]:
-    """All of it."""
-    return dict(call)
-
-
 def text_inputs(text: Conditions, negative: Conditions | None) -> dict[str, Any]:
     """The embeddings."""
     return {
@@ -179,11 +168,6 @@ def text_inputs(text: Conditions, negative: Conditions | None) -> dict[str, Any]
 def set_steps(scheduler: Any, num_inference_steps: int) -> None:
     """The scheduler says which levels."""
     scheduler.set_timesteps(num_inference_steps)
-
-
-def starting(noise_BCTHW: Tensor, image: Conditions) -> Tensor:
-    """The noise."""
-    return noise_BCTHW
 
 
 def predict_velocity(transformer: Any, x_BCTHW: Tensor, sigma_B: Tensor, image: Conditions, text: Conditions) -> Tensor:
@@ -442,9 +426,9 @@ def without_self_attention(transformer: Any, left_out: Collection[int]) -> Itera
 
 def silence_self_attention(transformer: Any, silenced: Collection[int]) -> None:
     """Self-attention of these blocks adds nothing from now on: what its last layer gives is 0."""
+    every: Any = blocks(transformer)
     for i in silenced:
-        block: Any = blocks(transformer)[i]
-        last = block.attn1.to_out[0]
+        last = every[i].attn1.to_out[0]
         with torch.no_grad():
             last.weight.zero_()
             last.bias.zero_()

@@ -3,7 +3,7 @@
 `WanImageToVideoPipeline(expand_timesteps=False)`: the transformer sees the noisy latents, and in further channels a
 mask and the latents of a clip that is the given image and then grey. Wan2.1's also attends to CLIP's tokens of the
 image. All frames are made, the first one too. What is not here is as in
-`distill.backbones.wan`.
+`distill.backbones.wan` and `usual`.
 """
 
 from __future__ import annotations
@@ -17,10 +17,9 @@ from torch import Tensor
 
 from distill.backbones import wan
 from distill.backbones.conditions import Conditions
-from distill.backbones.wan_t2v import called, with_given  # noqa: F401 (part of this backbone)
+from distill.backbones.wan_t2v import called
 
 TASKS: tuple[str, ...] = ("ti2v",)
-GIVEN_FRAMES = 0
 EXPORT_AXES: Mapping[str, tuple[int, ...]] = {**wan.EXPORT_AXES, "timestep": (0,), "encoder_hidden_states_image": (0,)}
 
 

@@ -1,6 +1,6 @@
 """Wan text-to-video, 2.1 and 2.2: `WanPipeline`. No frame is given, so the loss is taken of all of them.
 
-What is not here is as in `distill.backbones.wan`.
+What is not here is as in `distill.backbones.wan` and `usual`.
 """
 
 from __future__ import annotations
@@ -12,30 +12,10 @@ from torch import Tensor
 
 from distill.backbones import experts, wan
 from distill.backbones.conditions import Conditions
+from distill.backbones.usual import NUM_TRAIN_TIMESTEPS
 
 TASKS: tuple[str, ...] = ("t2v",)
-GIVEN_FRAMES = 0
 EXPORT_AXES: Mapping[str, tuple[int, ...]] = {**wan.EXPORT_AXES, "timestep": (0,)}
-
-
-def encode_image(pipe: Any, first_BCHW: Tensor | None, call: Mapping[str, Any]) -> Conditions:
-    """No frame is given: there are none."""
-    return {}
-
-
-def image_of(x0_BCTHW: Tensor, kept: Conditions) -> Conditions:
-    """None."""
-    return {}
-
-
-def to_keep(image: Conditions) -> Conditions:
-    """Nothing."""
-    return {}
-
-
-def with_given(x_BCTHW: Tensor, image: Conditions) -> Tensor:
-    """As they are."""
-    return x_BCTHW
 
 
 def predict_velocity(transformer: Any, x_BCTHW: Tensor, sigma_B: Tensor, image: Conditions, text: Conditions) -> Tensor:
@@ -46,14 +26,12 @@ def predict_velocity(transformer: Any, x_BCTHW: Tensor, sigma_B: Tensor, image: 
 def called(transformer: Any, x_BCTHW: Tensor, sigma_B: Tensor, inputs: Mapping[str, Tensor]) -> Tensor:
     """The output of the network, or of its experts, each clip's of its own."""
 
-    def call(model: Any, rows_B: Tensor) -> Tensor:
+    def call(model: Any, rows_B: Tensor | slice) -> Tensor:
         rest = {name: value[rows_B] for name, value in inputs.items()}
-        timestep_B = (sigma_B * wan.NUM_TRAIN_TIMESTEPS)[rows_B]
+        timestep_B = (sigma_B * NUM_TRAIN_TIMESTEPS)[rows_B]
         output: Tensor = model(hidden_states=x_BCTHW[rows_B], timestep=timestep_B, return_dict=False, **rest)[0]
         return output
 
     if isinstance(transformer, experts.Experts):
         return transformer.routed(sigma_B, call)
-    timestep_B = sigma_B * wan.NUM_TRAIN_TIMESTEPS
-    output: Tensor = transformer(hidden_states=x_BCTHW, timestep=timestep_B, return_dict=False, **inputs)[0]
-    return output
+    return call(transformer, slice(None))

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from distill import lineage, losses, sampler, schedule, student
+from distill import lineage, losses, schedule, student
 from distill.backbones import base, conditions
 from distill.backbones.conditions import Conditions
 from distill.config import DEV_CLIPS, SHAPES, ConfigError, DistillConfig
@@ -104,7 +104,7 @@ class Given:
     def _texts(self, found: prepared.Clips, drop_B: Tensor | None) -> tuple[Conditions, Conditions]:
         """Of the captions and of the negative prompt: as they were prepared, or encoded now."""
         drop_B = torch.zeros(len(found.captions), dtype=torch.bool) if drop_B is None else drop_B
-        unwanted = sampler.negative_prompt(self.card.call)
+        unwanted = base.negative_prompt(self.card.call)
         if found.text:
             text, empty = (conditions.moved(of, self.device) for of in (found.text, found.negative))
             if unwanted:  # no real clip is what it says, and the empty one was not prepared
