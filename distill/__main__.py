@@ -15,7 +15,7 @@ from importlib import import_module
 from pathlib import Path
 
 from distill import recipes
-from distill.config import AdoptConfig, Config, ConfigError, PrepareConfig, override
+from distill.config import AdoptConfig, Config, ConfigError, DistillConfig, PrepareConfig, override
 
 REFUSED = 3
 RESUMABLE = 75
@@ -143,8 +143,7 @@ def main(arguments: list[str] | None = None) -> int:
             print(json.dumps(config.model_dump(mode="json"), indent=2))
             return 0
         if options.command == "run":
-            distil = import_module("distill.run").distil
-            return _train(lambda: distil(options.folder, distillation, options.begun), options.folder)
+            return _train(lambda: _distil(options, distillation), options.folder)
         return _train(lambda: import_module("distill.teach").teach(options.folder, teaching), options.folder)
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -164,19 +163,32 @@ def _adopt(options: argparse.Namespace) -> int:
     return 0
 
 
+def _distil(options: argparse.Namespace, config: DistillConfig) -> Path:
+    distil = import_module("distill.run").distil
+    with import_module("distill.distributed").joined() as world:
+        out: Path = distil(options.folder, config, options.begun, world)
+    return out
+
+
 def _train(train: Callable[[], Path], folder: Path) -> int:
     # Imported here: the commands that only read must not pay for torch, and a bad setting fails at once.
     from distill.loop import Diverged, Interrupted
     from distill.student import FolderError
 
+    # Of several processes, which all end the same way, the first one says how.
+    said = sys.stderr if os.environ.get("RANK", "0") == "0" else None
     try:
-        print(train())
+        done = train()
     except Interrupted:
-        print(f"interrupted; the same command goes on from {folder}", file=sys.stderr)
+        if said:
+            print(f"interrupted; the same command goes on from {folder}", file=said)
         return RESUMABLE
     except (ConfigError, Diverged, FloatingPointError, FolderError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        if said:
+            print(f"error: {error}", file=said)
         return 2
+    if said:
+        print(done)
     return 0
 
 

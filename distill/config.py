@@ -430,6 +430,9 @@ class DistillConfig(Config):
     )
     shift: float = Field(gt=0, description="of the noise levels of stages I and II: the teacher's")
     compile: bool = Field(description="blocks go through torch.compile")
+    checkpoint_activations: bool = Field(
+        default=False, description="a block's inner values are computed again on the way back, not kept: a third slower"
+    )
     precision: Literal["float32", "bfloat16"] = Field(description="of the matrix products, by autocast")
     looked_at: int = Field(default=32, gt=0, description="held-out clips that go through a network at a time")
     watched: int = Field(

@@ -16,7 +16,7 @@ import sys
 import time
 import zlib
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, closing, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import wraps
 from pathlib import Path
@@ -24,12 +24,15 @@ from types import FrameType
 from typing import IO, Any
 
 import torch
-from safetensors.torch import load_model, save_model
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.tensorboard import SummaryWriter
 
+from distill import distributed
+from distill.checkpoint import Checkpoints
 from distill.config import Config, ConfigError, FitConfig, OptimiserConfig
+from distill.distributed import ALONE, World, local
 
 
 class Interrupted(Exception):
@@ -37,18 +40,25 @@ class Interrupted(Exception):
 
 
 class Run:
-    """A run's folder and what it says while it goes: `events.jsonl` (append-only), TensorBoard, lines on stderr."""
+    """A run's folder and what it says while it goes: `events.jsonl` (append-only), TensorBoard, lines on stderr.
 
-    def __init__(self, folder: Path, seed: int) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
+    Of several processes the first one says it.
+    """
+
+    def __init__(self, folder: Path, seed: int, world: World = ALONE) -> None:
         self.folder = folder
         self.seed = seed
+        self.world = world
         self.stopping = False
-        self._events = (folder / "events.jsonl").open("a", buffering=1)
-        self._board = SummaryWriter(str(folder / "tensorboard"))
+        if world.is_first:
+            folder.mkdir(parents=True, exist_ok=True)
+            self._events = (folder / "events.jsonl").open("a", buffering=1)
+            self._board = SummaryWriter(str(folder / "tensorboard"))
 
     def event(self, stage: str, step: int, **values: Any) -> None:
         """Append one line to `events.jsonl`; numbers go to TensorBoard too."""
+        if not self.world.is_first:
+            return
         record = {"time": round(time.time(), 3), "stage": stage, "step": step, **values}
         self._events.write(json.dumps(record) + "\n")
         for name, value in values.items():
@@ -57,6 +67,8 @@ class Run:
 
     def say(self, line: str) -> None:
         """One line of progress for a person."""
+        if not self.world.is_first:
+            return
         sys.stderr.write(line + "\n")
         sys.stderr.flush()
 
@@ -73,8 +85,8 @@ class Run:
             raise ConfigError(message) from None
 
     def check_stop(self) -> None:
-        """Between pieces of work that are short: raise if a signal has asked to stop."""
-        if self.stopping:
+        """Between pieces of work that are short: raise if a signal has asked to stop, whichever process it came to."""
+        if self.world.agreed(self.stopping):
             raise Interrupted
 
     @contextmanager
@@ -89,16 +101,17 @@ class Run:
             self.stopping = True
 
         before = {s: signal.signal(s, stop) for s in (signal.SIGTERM, signal.SIGINT)}
-        lock = (self.folder / "lock").open("w")
         try:
-            self._lock(lock)
-            yield
+            with ExitStack() as stack:
+                with self.world.first_alone():
+                    if self.world.is_first:
+                        stack.enter_context(closing(self._board))
+                        stack.enter_context(self._events)
+                        self._lock(stack.enter_context((self.folder / "lock").open("w")))
+                yield
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
-            self._board.close()
-            self._events.close()
-            lock.close()
 
 
 def remember(folder: Path, config: Config) -> None:
@@ -210,20 +223,32 @@ class _Trained:
         self.optimisers = _optimisers(model, list(self.parameters.values()), config)
         self.average = {name: p.detach().clone() for name, p in self.parameters.items()}
 
-    def state(self) -> dict[str, Any]:
-        stored = [optimiser.state_dict() for optimiser in self.optimisers]
-        weights = {name: p.detach() for name, p in self.parameters.items()}
-        return {"weights": weights, "optimisers": stored, "average": self.average}
+    def state(self) -> dict[str, Tensor]:
+        """By the parameter's name, and after a ``|`` what of it: weight, average, of which optimiser what."""
+        found = {f"{name}|weight": p.detach() for name, p in self.parameters.items()}
+        found |= {f"{name}|average": value for name, value in self.average.items()}
+        for number, optimiser in enumerate(self.optimisers):
+            for name, parameter in self.parameters.items():
+                of = optimiser.state.get(parameter, {})
+                found |= {f"{name}|optimiser {number}|{key}": value for key, value in of.items()}
+        return found
 
-    def load(self, state: dict[str, Any]) -> None:
-        self.set_weights(state["weights"])
-        for optimiser, stored in zip(self.optimisers, state["optimisers"], strict=True):
-            optimiser.load_state_dict(stored)
-        self.average = state["average"]
+    def load(self, state: dict[str, Tensor]) -> None:
+        """Go on from ``state``."""
+        for key, value in state.items():
+            name, what, *which = key.split("|")
+            if what == "weight":
+                local(self.parameters[name].detach()).copy_(local(value))
+            elif what == "average":
+                local(self.average[name]).copy_(local(value))
+            else:
+                of = self.optimisers[int(what.removeprefix("optimiser "))]
+                of.state[self.parameters[name]][which[0]] = value
 
+    @torch.no_grad()
     def set_weights(self, weights: dict[str, Tensor]) -> None:
         for name, parameter in self.parameters.items():
-            parameter.data.copy_(weights[name])
+            local(parameter).copy_(local(weights[name]))
 
     def update(self, stage: str, step: int, steps: int, losses: Sequence[Callable[[], Tensor]]) -> tuple[float, float]:
         """One step of the optimisers on the mean of ``losses``; the mean and the norm of the gradient."""
@@ -239,6 +264,8 @@ class _Trained:
             value.backward()
             mean += value.item()
         norm = nn.utils.clip_grad_norm_(list(self.parameters.values()), self.config.clip_norm)
+        if isinstance(norm, DTensor):
+            norm = norm.full_tensor()
         if not torch.isfinite(norm):
             raise FloatingPointError(f"{stage}: the gradient is not finite at step {step}; lower the learning rate")
         for optimiser in self.optimisers:
@@ -247,7 +274,8 @@ class _Trained:
         # A short memory at first: the average should not remember the start.
         decay = min(self.config.ema_decay, (1 + step) / (10 + step))
         with torch.no_grad():
-            torch._foreach_lerp_(list(self.average.values()), list(self.parameters.values()), 1 - decay)
+            averages, weights = ([local(t) for t in of.values()] for of in (self.average, self.parameters))
+            torch._foreach_lerp_(averages, weights, 1 - decay)
         return mean, norm.item()
 
 
@@ -284,39 +312,47 @@ def fit(
         Diverged: the alarms came before there were any good weights.
     """
     finished = run.folder / f"{stage}.safetensors"
-    checkpoint = run.folder / f"{stage}.checkpoint.pt"
     if finished.exists():
-        load_model(model, finished)
+        distributed.load(model, finished)
         return
     first = _Trained(model, config)
     others = {rival.name: _Trained(rival.model, rival.config) for rival in rivals}
-    log = _Means()
-    start, alarms, good, good_step = 0, 0, None, 0
-    if checkpoint.exists():
-        state = torch.load(checkpoint, weights_only=True, map_location=training_device())
-        for name, trained in {"": first, **others}.items():
-            trained.load(state["trained"][name])
-        start, alarms, good, good_step = (state[name] for name in ("step", "alarms", "good", "good_step"))
-        log.load(state["log"])
+    everyone = {"": first, **others}
+    log = _Means(run.world)
+    start, alarms, good_step = 0, 0, 0
+    good: dict[str, Tensor] | None = None
+    checkpoints = Checkpoints(run.folder / f"{stage}.checkpoint", run.world)
+    like = {f"{network}/{name}": p for network, of in everyone.items() for name, p in of.parameters.items()}
+    like |= {f"good/{name}": p for name, p in first.parameters.items()}
+    if (found := checkpoints.load({name: p.detach() for name, p in like.items()})) is not None:
+        tensors, progress = found
+        for network, trained in everyone.items():
+            trained.load(_within(f"{network}/", tensors))
+        good = _within("good/", tensors) or None
+        start, alarms, good_step = (progress[name] for name in ("step", "alarms", "good_step"))
+        log.load(progress["log"])
         run.say(f"{stage}: resumed at step {start}")
     if shadow is not None:
         for name, parameter in shadow.named_parameters():
             parameter.data = first.average[name]  # which is changed in place
 
+    def noted(step: int | None) -> None:
+        if step is not None:
+            run.event(stage, step, checkpoint=checkpoints.folder.name)
+
     def save(step: int) -> None:
-        states = {name: trained.state() for name, trained in {"": first, **others}.items()}
-        state = {"trained": states, "step": step, "alarms": alarms, "good": good, "good_step": good_step}
-        state["log"] = log.state()
-        aside = checkpoint.with_suffix(".tmp")
-        torch.save(state, aside)
-        os.replace(aside, checkpoint)
-        run.event(stage, step, checkpoint=checkpoint.name)
+        tensors = {f"{network}/{key}": t for network, of in everyone.items() for key, t in of.state().items()}
+        tensors |= {f"good/{name}": value for name, value in (good or {}).items()}
+        progress = {"step": step, "alarms": alarms, "good_step": good_step, "log": log.state()}
+        noted(checkpoints.save(step, tensors, progress))
 
     for step in range(start, config.steps):
         for rival in rivals:
-            for update in range(rival.updates):
-                number = step * rival.updates + update
-                losses = [log.recording(rival.loss, number, run.generator(f"{stage}/{rival.name}", number), rival.name)]
+            for update in range(step * rival.updates, (step + 1) * rival.updates):
+                losses = [
+                    log.recording(rival.loss, number, run.generator(f"{stage}/{rival.name}", number), rival.name)
+                    for number in range(update * config.accumulate, (update + 1) * config.accumulate)
+                ]
                 others[rival.name].update(f"{stage}, {rival.name}", step, config.steps, losses)
         losses = [
             log.recording(loss, number, run.generator(stage, number), "")
@@ -329,14 +365,14 @@ def fit(
         if done % config.log_every == 0 or done == config.steps:
             means, rate_hz = log.report()
             clips_per_s = rate_hz * config.batch * config.accumulate
-            rates = {"steps_per_s": rate_hz, "clips_per_s": clips_per_s, "memory_mb": round(peak_memory_mb(), 1)}
+            rates = {"steps_per_s": rate_hz, "clips_per_s": clips_per_s, "memory_mb": round(log.memory_mb, 1)}
             run.event(stage, done, steps=config.steps, **means, **rates)
             shown = "  ".join(f"{name} {mean:.4g}" for name, mean in means.items())
             left_min = (config.steps - done) / rate_hz / 60
             run.say(f"{stage} {done}/{config.steps}  {shown}  {rate_hz:.2f} steps/s  {left_min:.1f} min left")
         wrong = None
         if done % config.sample_every == 0 or done == config.steps:
-            with _swapped(first.parameters, first.average), torch.no_grad():
+            with torch.no_grad(), _swapped(first.parameters, first.average):
                 seen = sample(run.folder / "samples" / f"{stage}-{done:06d}.png")
             wrong = alarm({**log.last, **seen})
             run.event(stage, done, **seen, **({"alarm": wrong} if wrong else {}))
@@ -353,35 +389,44 @@ def fit(
             run.say(f"{stage}: ends at step {done} with the weights of step {good_step}, the last good ones")
             run.event(stage, good_step, ended="last good weights")
             break
-        if done % config.checkpoint_every == 0 or run.stopping:
+        stopping = run.world.agreed(run.stopping)
+        if done % config.checkpoint_every == 0 or stopping:
             save(done)
-        if run.stopping:
+        if stopping:
+            noted(checkpoints.finish())
             raise Interrupted
 
     assert good is not None  # the last step was looked at, and what was wrong with it would have been raised
     first.set_weights(good)
-    aside = finished.with_suffix(".tmp")
-    save_model(model, str(aside))
-    os.replace(aside, finished)
-    checkpoint.unlink(missing_ok=True)
+    distributed.save(model, finished, run.world)
+    checkpoints.remove()
+
+
+def _within(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
 
 
 class _Means:
-    """Means of what is logged, and the rate of steps, since the last report."""
+    """Means of what is logged, over all processes, and the rate of steps, since the last report."""
 
-    def __init__(self) -> None:
+    def __init__(self, world: World) -> None:
         self.last: dict[str, float] = {}
+        self.memory_mb = 0.0
+        """The most that a process has held so far."""
+        self._world = world
         self._totals: dict[str, tuple[float, int]] = {}
         self.restart()
         self._steps = 0
 
     def state(self) -> dict[str, Any]:
         """What a resumed run needs to tell an alarm, and log, what this one would have."""
-        return {"last": self.last, "totals": self._totals, "steps": self._steps}
+        return {"last": self.last, "totals": self._of_all(), "steps": self._steps}
 
     def load(self, state: dict[str, Any]) -> None:
         """Go on from ``state``; the rate of the first report is then of what was done since."""
-        self.last, self._totals, self._steps = state["last"], state["totals"], state["steps"]
+        self.last, self._steps = state["last"], state["steps"]
+        if self._world.is_first:  # what all of them had, once
+            self._totals = {name: (total, count) for name, (total, count) in state["totals"].items()}
 
     def restart(self) -> None:
         """Time that was spent on something else does not count."""
@@ -407,11 +452,21 @@ class _Means:
 
     def report(self) -> tuple[dict[str, float], float]:
         """The means and the steps a second."""
-        means = {name: total / count for name, (total, count) in self._totals.items()}
+        means = {name: total / count for name, (total, count) in self._of_all().items()}
+        self.memory_mb = max(self._world.gathered(peak_memory_mb()))
         rate_hz = self._steps / max(time.monotonic() - self._since, 1e-9)
         self.last, self._totals, self._steps = means, {}, 0
         self.restart()
         return means, rate_hz
+
+    def _of_all(self) -> dict[str, tuple[float, int]]:
+        """The totals and counts of all processes, added up. Not all have the same names."""
+        added: dict[str, tuple[float, int]] = {}
+        for totals in self._world.gathered(self._totals):
+            for name, (total, count) in totals.items():
+                before, counted = added.get(name, (0.0, 0))
+                added[name] = before + total, counted + count
+        return added
 
 
 def _optimisers(
@@ -457,12 +512,17 @@ def rate(step: int, steps: int, config: OptimiserConfig) -> float:
 
 @contextmanager
 def _swapped(parameters: dict[str, nn.Parameter], values: dict[str, Tensor]) -> Iterator[None]:
-    """Give the parameters other values for the length of the block."""
-    before = {name: parameter.data for name, parameter in parameters.items()}
-    for name, parameter in parameters.items():
-        parameter.data = values[name]
+    """Give the parameters other values for the length of the block. They change places, so that it takes no memory."""
+
+    def swap() -> None:
+        for name, parameter in parameters.items():
+            one, other = local(parameter.detach()), local(values[name])
+            kept = one.clone()
+            one.copy_(other)
+            other.copy_(kept)
+
+    swap()
     try:
         yield
     finally:
-        for name, parameter in parameters.items():
-            parameter.data = before[name]
+        swap()

@@ -6,7 +6,8 @@
     4 matching     stage III: the few-step student
     5 student      FOLDER/student, written aside and renamed
 
-Each step is skipped where its result is in the folder: the same command resumes.
+Each step is skipped where its result is in the folder: the same command resumes. Under `torchrun` its processes share
+the work (`distill.distributed`).
 """
 
 from __future__ import annotations
@@ -19,21 +20,23 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from distill import lineage, report, schedule, student
+from distill import distributed, lineage, report, schedule, student
 from distill.backbones import base
 from distill.config import ConfigError, DistillConfig
+from distill.distributed import ALONE, World
 from distill.loop import Run, remember, write_json
 from distill.stages import importance, matching, pruning, watch
 from distill.stages.given import Given, check
 
 
-def distil(folder: Path, config: DistillConfig, begun: Path | None = None) -> Path:
+def distil(folder: Path, config: DistillConfig, begun: Path | None = None, world: World = ALONE) -> Path:
     """Run all three stages, or what is left of them, and return the student's folder.
 
     Args:
         folder: the run's.
         config: see ``DistillConfig``.
         begun: another run's folder, whose stages are taken over as far as they had the same inputs.
+        world: the processes that share the work, each of which calls this.
 
     Raises:
         ConfigError: the folder was begun with another configuration or teacher, or the configuration cannot work.
@@ -42,7 +45,7 @@ def distil(folder: Path, config: DistillConfig, begun: Path | None = None) -> Pa
         Diverged: a stage had no good weights to keep.
     """
     out = folder / "student"
-    with opened(folder, config, begun) as (run, given):
+    with opened(folder, config, begun, world) as (run, given):
         scheduler = schedule.few_step_scheduler(given.backbone, config.student)
         found = importance.run(run, given, config.importance, config.pruning.unimportant)
         whole = pruning.run(run, given, found, config.pruning)
@@ -50,19 +53,40 @@ def distil(folder: Path, config: DistillConfig, begun: Path | None = None) -> Pa
         few = None if config.experts == "both" else student_of(given, whole, found.pruned)
         transformer = matching.run(run, given, found.pruned, whole, config.matching, scheduler, watched, few)
         if not (folder / "report.md").exists():  # written last
-            card = save(out, given, found, transformer, scheduler, run)
-            sheet = folder / "samples" / "student.png"
-            run.event("student", 1, done=out.name, sha256=card.sha256, **watched.look(transformer, sheet))
-            lines = {
-                "student": f"{card.name}, sha256 {card.sha256[:12]}",
-                "teacher": f"{given.card.name}, sha256 {given.card.sha256[:12]}",
-                "blocks gone": ", ".join(map(str, found.pruned)),
-                "block parameters left": f"{found.block_ratio:.1%}",
-                "transformer parameters left": f"{found.ratio:.1%}",
-                "noise levels": ", ".join(f"{sigma:g}" for sigma in card.sigmas),
-            }
-            report.run_report(folder, lines)
+            seen = watched.look(transformer, folder / "samples" / "student.png")
+            with world.first_alone():
+                if world.is_first:
+                    _finish(run, given, found, transformer, scheduler, seen)
     return out
+
+
+def _finish(
+    run: Run, given: Given, found: importance.Importance, transformer: Any, scheduler: Any, seen: dict[str, float]
+) -> None:
+    """Write the student's folder, and what became of the run."""
+    out = run.folder / "student"
+    if run.world.is_sharded:  # of whose weights only a part is here
+        transformer = _whole(run, given, found.pruned)
+    card = save(out, given, found, transformer, scheduler, run)
+    run.event("student", 1, done=out.name, sha256=card.sha256, **seen)
+    lines = {
+        "student": f"{card.name}, sha256 {card.sha256[:12]}",
+        "teacher": f"{given.card.name}, sha256 {given.card.sha256[:12]}",
+        "blocks gone": ", ".join(map(str, found.pruned)),
+        "block parameters left": f"{found.block_ratio:.1%}",
+        "transformer parameters left": f"{found.ratio:.1%}",
+        "noise levels": ", ".join(f"{sigma:g}" for sigma in card.sigmas),
+    }
+    report.run_report(run.folder, lines)
+
+
+def _whole(run: Run, given: Given, pruned: Collection[int]) -> Any:
+    """The student on this process alone, from what stage III left."""
+    network = given.without_blocks(given.empty_teacher(), pruned)
+    if given.config.experts != "both":
+        network = given.backbone.one_expert(network, given.config.experts)
+    distributed.materialise(network, distributed.Stored.of_file(run.folder / lineage.MATCHED))
+    return network
 
 
 def prepare(folder: Path, config: DistillConfig, begun: Path | None, prune: bool) -> None:
@@ -75,22 +99,27 @@ def prepare(folder: Path, config: DistillConfig, begun: Path | None, prune: bool
 
 
 @contextmanager
-def opened(folder: Path, config: DistillConfig, begun: Path | None) -> Iterator[tuple[Run, Given]]:
+def opened(
+    folder: Path, config: DistillConfig, begun: Path | None, world: World = ALONE
+) -> Iterator[tuple[Run, Given]]:
     """A run's folder, begun or found again, with what every stage is given. Raises as ``distil``."""
     teacher = student.read_card(Path(config.teacher))
     if teacher.kind != "teacher":
         raise ConfigError(f"{config.teacher} is a {teacher.kind}; give the folder of a teacher")
     base.load(teacher.backbone, teacher.task)
     check(config, teacher)
-    run = Run(folder, config.seed)
+    distributed.check(config, world)
+    run = Run(folder, config.seed, world)
     with run.handling_signals():
-        _begin(folder, config, teacher.sha256, begun)
+        with world.first_alone():
+            if world.is_first:
+                _begin(folder, config, teacher.sha256, begun)
         yield run, Given(run, config)
 
 
 def student_of(given: Given, whole: Any, pruned: Collection[int]) -> Any:
     """What a student of one expert starts as: the network without these blocks and without the other expert."""
-    return given.backbone.one_expert(given.backbone.without_blocks(whole, pruned), given.config.experts)
+    return given.backbone.one_expert(given.without_blocks(whole, pruned), given.config.experts)
 
 
 def gone(given: Given, pruned: Collection[int]) -> tuple[int, ...]:

@@ -14,6 +14,7 @@ import shutil
 import subprocess
 from collections.abc import Callable, Iterator, Mapping
 from datetime import UTC, datetime
+from importlib import import_module
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
@@ -250,16 +251,45 @@ def check_layers(folder: Path) -> None:
                 )
 
 
-def load_pipeline(folder: Path, device: Any) -> Any:
-    """The stock pipeline of a folder that was checked, frozen and in full precision."""
+def load_pipeline(folder: Path, device: Any, parts: Mapping[str, Any] | None = None) -> Any:
+    """The stock pipeline of a folder that was checked, frozen and in full precision.
+
+    Args:
+        parts: components that are taken as they are, without memory for their weights, and not read.
+    """
     import torch
     from diffusers import DiffusionPipeline
 
-    pipe = DiffusionPipeline.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
-    for part in pipe.components.values():
+    if parts:
+        pipe = _pipeline_of(folder, parts)
+    else:
+        pipe = DiffusionPipeline.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
+    for name, part in pipe.components.items():
         if isinstance(part, torch.nn.Module):
             part.eval().requires_grad_(False)
-    return pipe.to(device)
+            if not parts or name not in parts:
+                part.to(device)
+    return pipe
+
+
+def _pipeline_of(folder: Path, parts: Mapping[str, Any]) -> Any:
+    # `from_pretrained` reads components that are optional, as Wan's transformers are, even where it is given them.
+    import diffusers
+    import torch
+
+    config = json.loads((folder / "model_index.json").read_text())
+    made = {name: value for name, value in config.items() if not name.startswith("_")}
+    for name, value in made.items():
+        if name in parts:
+            made[name] = parts[name]
+        elif isinstance(value, list):
+            library, kind = value
+            made[name] = None
+            if kind is not None:
+                of = getattr(import_module(library), kind)
+                more = {"dtype": torch.float32} if issubclass(of, torch.nn.Module) else {}
+                made[name] = of.from_pretrained(folder / name, local_files_only=True, **more)
+    return getattr(diffusers, config["_class_name"])(**made)
 
 
 def write_student(out: Path, teacher: Path, card: Card, save_parts: Callable[[Path], None]) -> Card:

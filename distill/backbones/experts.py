@@ -30,6 +30,9 @@ class Experts(nn.Module):
         self.high = high
         self.low = low
         self.boundary = boundary
+        self.both_asked: Callable[[list[bool]], list[bool]] = lambda asked: asked
+        """Told of which models this call asks something; which of them are to be run, be it for nothing. Networks that
+        lie in parts on several processes have to be run by all of them."""
         self._noted: tuple[list[list[Tensor]], list[Tensor]] | None = None
 
     @property
@@ -63,7 +66,15 @@ class Experts(nn.Module):
         high_B = self.is_high(sigma_B)
         rows = [mask_B.nonzero()[:, 0] for mask_B in (high_B, ~high_B)]
         order_B = torch.cat(rows).argsort()
-        parts = [call(model, rows_B) for model, rows_B in zip(self.models, rows, strict=True) if len(rows_B)]
+        parts = []
+        asked = self.both_asked([len(rows_B) > 0 for rows_B in rows])
+        for number, (model, rows_B, wanted) in enumerate(zip(self.models, rows, asked, strict=True)):
+            if len(rows_B):
+                parts.append(call(model, rows_B))
+            elif wanted:
+                parts.append(call(model, order_B[:1])[:0])
+                if self._noted:
+                    self._noted[0][number].clear()
         if self._noted:
             of_models, seen = self._noted
             noted = [of for of in of_models if of]

@@ -5,19 +5,22 @@ Shape suffixes: B clip, N clip of all, C channel, T latent frame, H row, W colum
 
 from __future__ import annotations
 
+import copy
 import json
-from dataclasses import dataclass
+from collections.abc import Collection
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from distill import lineage, losses, schedule, student
+from distill import distributed, lineage, losses, schedule, student
 from distill.backbones import base, conditions
 from distill.backbones.conditions import Conditions
 from distill.config import DEV_CLIPS, SHAPES, ConfigError, DistillConfig
 from distill.data import prepared, shapes
+from distill.distributed import ALL, Share
 from distill.latents import Latents
 from distill.loop import Run, compile_blocks, plain_attention, training_device, write_json
 
@@ -40,6 +43,8 @@ class Batch:
     """Latent frames at the start that are given, not made."""
     captions: list[str]
     device: torch.device
+    share: Share = ALL
+    """Of several processes, which rows of the whole batch these are."""
 
     def __len__(self) -> int:
         return len(self.captions)
@@ -55,9 +60,14 @@ class Batch:
         """Without the frames that are given: what a loss is taken of."""
         return tuple(x_BCTHW[:, :, self.given_frames :] for x_BCTHW in latents_BCTHW)
 
+    @property
+    def whole(self) -> int:
+        """Clips of the batch on all processes: what random numbers are drawn for."""
+        return len(self) * self.share.of
+
     def noise(self, generator: torch.Generator) -> Tensor:
         """Gaussian noise of the clips' shape."""
-        return torch.randn((len(self), *self.shape), generator=generator).to(self.device)
+        return self.share.rows(torch.randn((self.whole, *self.shape), generator=generator)).to(self.device)
 
 
 class Given:
@@ -70,18 +80,24 @@ class Given:
         self.backbone = base.load(self.card.backbone, self.card.task)
         self.config = config
         self.device = training_device()
+        self.world = run.world
+        empty = distributed.empty(folder) if run.world.is_sharded else {}
         if config.data == SHAPES:
-            self.pipe = student.load_pipeline(folder, self.device)
+            self.pipe = student.load_pipeline(folder, self.device, empty)
         else:  # what encodes captions and images has done so, and is larger than some transformers
-            self.pipe = student.load_pipeline(folder, "cpu")
+            self.pipe = student.load_pipeline(folder, "cpu", empty)
             self.pipe.vae.to(self.device)
-            self.backbone.network(self.pipe).to(self.device)
+            if not empty:
+                self.backbone.network(self.pipe).to(self.device)
         self.backbone.in_one_pass(self.pipe.vae)
         self.teacher: Any = self.backbone.network(self.pipe)
+        self._empty = copy.deepcopy(self.teacher) if empty else None
         self.few_steps_call = self.backbone.calling(self.card.call, config.student.num_inference_steps, 1.0)
         """The stock call of a student."""
         if config.compile:
             compile_blocks(run, self.backbone.blocks(self.teacher))
+        if run.world.is_sharded:
+            self.spread(self.teacher, distributed.Stored.of_model(folder))
         self.train, self.dev = _clips(run, self)
         self._shape = self.backbone.latent_shape(self.pipe, self.card.call)
 
@@ -93,6 +109,49 @@ class Given:
         kept = conditions.moved(found.image, self.device)
         image = kept if x0_BCTHW is None else self.backbone.image_of(x0_BCTHW, kept)
         return Batch(x0_BCTHW, self._shape, image, text, empty, self.backbone.GIVEN_FRAMES, found.captions, self.device)
+
+    def mine(self, clips: Clips, rows_B: Tensor, drop_B: Tensor | None = None) -> Batch:
+        """This process's rows of a batch that all of them share."""
+        share = self.world.share
+        batch = self.batch(clips, share.rows(rows_B), None if drop_B is None else share.rows(drop_B))
+        return replace(batch, share=share)
+
+    # --- networks: whole on one process, or in parts on several ---
+
+    def teachers_copy(self) -> Any:
+        """The teacher's network once more, to be trained; of several processes still without weights."""
+        network = copy.deepcopy(self.teacher if self._empty is None else self._empty)
+        return network.train().requires_grad_(True)
+
+    def ready(self, run: Run, *networks: Any) -> None:
+        """Compile the blocks of networks that are to be trained, or have their inner values computed twice, as the
+        configuration says."""
+        for network in {id(n): n for n in networks}.values():
+            if self.config.checkpoint_activations:
+                for model in self.backbone.networks(network).values():
+                    model.enable_gradient_checkpointing()
+            if self.config.compile:
+                compile_blocks(run, self.backbone.blocks(network))
+
+    def without_blocks(self, network: Any, pruned: Collection[int]) -> Any:
+        """`Backbone.without_blocks`, of a network without weights too."""
+        if self._empty is None:
+            return self.backbone.without_blocks(network, pruned)
+        return distributed.without_blocks(self.backbone, network, pruned)
+
+    def spread(self, network: Any, weights: distributed.Stored, fresh: dict[str, Tensor] | None = None) -> None:
+        """Give a network without weights its own, in parts: see ``distributed.spread``."""
+        distributed.spread(self.world, self.backbone, network, weights, self.device, self.config.precision, fresh)
+
+    def empty_teacher(self) -> Any:
+        """Its network without weights, of several processes; what is asked of a network but for its values it knows."""
+        return copy.deepcopy(self._empty)
+
+    def let_the_teacher_go(self) -> None:
+        """Of several processes: its weights are needed no more, and their memory is."""
+        if self._empty is not None:
+            self.teacher = self.empty_teacher()
+            self.pipe.register_modules(**self.backbone.networks(self.teacher))
 
     def held_out(self, count: int, setting: str) -> Tensor:
         """Rows of so many held-out clips. Raises ``ConfigError``, which names the setting, where there are fewer."""
@@ -153,14 +212,17 @@ def _clips(run: Run, given: Given) -> tuple[Clips, Clips]:
     """For training, and held out."""
     config = given.config
     if config.data == SHAPES:
-        train = Latents.of_split(run, given.pipe.vae, "train", config.num_clips, config.compile)
-        return train, Latents.of_split(run, given.pipe.vae, "dev", DEV_CLIPS, compile=False)
+        with run.world.first_alone():  # it encodes, the others read
+            train = Latents.of_split(run, given.pipe.vae, "train", config.num_clips, config.compile)
+            return train, Latents.of_split(run, given.pipe.vae, "dev", DEV_CLIPS, compile=False)
     folder = Path(config.data)
     train_set = prepared.Dataset(folder, given.card, "train", config.num_clips)
     path, of = run.folder / lineage.DATA, {"data": folder.name, "sha256": train_set.index.sha256}
-    if path.exists() and json.loads(path.read_text()) != of:
-        raise ConfigError(f"{run.folder} was begun with other clips than {folder} holds now; take a new folder")
-    write_json(path, of)
+    with run.world.first_alone():
+        if path.exists() and json.loads(path.read_text()) != of:
+            raise ConfigError(f"{run.folder} was begun with other clips than {folder} holds now; take a new folder")
+        if run.world.is_first:
+            write_json(path, of)
     return train_set, prepared.Dataset(folder, given.card, "dev", DEV_CLIPS)
 
 

@@ -100,8 +100,10 @@ def run(run: Run, given: Given, config: ImportanceConfig, unimportant: float) ->
         ratio=1 - gone / whole,
         rank_correlation={name: rank_correlation(drop_M, other.mean(0)) for name, other in drops.items()},
     )
-    plot(run.folder / "importance.png", found)
-    write_json(path, asdict(found))
+    with run.world.first_alone():
+        if run.world.is_first:
+            plot(run.folder / "importance.png", found)
+            write_json(path, asdict(found))
     run.event("importance", 1, error=found.error, pruned=found.pruned, ratio=found.ratio)
     run.say(f"importance: blocks {found.pruned} go, {found.ratio:.1%} of the transformer's parameters stay")
     return found

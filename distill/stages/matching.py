@@ -22,12 +22,12 @@ import torch
 from peft import LoraConfig
 from torch import Tensor, nn
 
-from distill import losses, schedule
+from distill import distributed, losses, schedule
 from distill.backbones.base import Backbone
 from distill.backbones.conditions import Conditions
 from distill.config import CriticConfig, MatchingConfig, ScoresConfig
-from distill.loop import Rival, Run, compile_blocks, fit
-from distill.stages import heads, watch
+from distill.loop import Rival, Run, fit
+from distill.stages import heads, pruning, watch
 from distill.stages.given import Batch, Given, noised
 
 ADAPTER = "critic"
@@ -46,31 +46,36 @@ def run(
         scheduler: the one that will be saved, set to its steps: the student is trained on just its noise levels.
         watched: what is looked at on the way; its alarms end the stage with the last good weights.
     """
+    if not (run.folder / "matching.safetensors").exists():
+        _ = watched.teachers  # before there is anything to lose
+    if config.scores.source != "teacher":
+        given.let_the_teacher_go()
     torch.manual_seed(run.seed)  # of the critic's new weights
     sigmas = tuple(scheduler.sigmas.tolist())
     if student is None:
-        student = given.backbone.without_blocks(base, pruned)
+        student = given.without_blocks(base, pruned)
     student.train().requires_grad_(True)
     critic = Critic(given.backbone, base, config.critic, pruned, config.gan.tokens)
+    critic.begin(run)
     scores = Scores(given, base, critic, pruned, config.scores)
-    if given.config.compile:
-        for transformer in {id(t): t for t in (student, base, critic.transformer)}.values():
-            compile_blocks(run, given.backbone.blocks(transformer))
+    given.ready(run, student, base, critic.transformer)
+    if run.world.is_sharded:
+        _spread(run, given, pruned, student, base, critic)
     rollout = Rollout(given, student, sigmas, config.rollout)
     gan = config.gan.student_weight > 0
 
     def conditions(number: int) -> Batch:
-        return given.batch(given.train, given.train.rows(run, number, config.fit.batch))
+        return given.mine(given.train, given.train.rows(run, number, config.fit.batch))
 
-    def score_sigmas(count: int, generator: torch.Generator) -> Tensor:
-        sigma_B = schedule.sample_sigmas(count, config.score_shift, generator)
+    def score_sigmas(batch: Batch, generator: torch.Generator) -> Tensor:
+        sigma_B = batch.share.rows(schedule.sample_sigmas(batch.whole, config.score_shift, generator))
         return sigma_B.clamp(config.score_min, config.score_max).to(given.device)
 
     def critic_loss(number: int, generator: torch.Generator) -> tuple[Tensor, dict[str, float]]:
         batch = conditions(number)
         with torch.no_grad():
             y_BCTHW = rollout(batch, generator)
-        sigma_B, noise = score_sigmas(len(y_BCTHW), generator), batch.noise(generator)
+        sigma_B, noise = score_sigmas(batch, generator), batch.noise(generator)
         velocity, fake_logit_B = critic(given, noised(y_BCTHW, noise, sigma_B), sigma_B, batch)
         made = batch.made(velocity, y_BCTHW, noise)
         value = losses.flow_matching(*made)
@@ -86,9 +91,11 @@ def run(
     def student_loss(number: int, generator: torch.Generator) -> tuple[Tensor, dict[str, float]]:
         batch = conditions(number)
         y_BCTHW = rollout(batch, generator)
-        count = len(y_BCTHW)
-        sigma_B, noise = score_sigmas(count, generator), batch.noise(generator)
-        beta_1_B, beta_2_B = (uniform(ends, count, generator) for ends in (config.scores.beta_1, config.scores.beta_2))
+        sigma_B, noise = score_sigmas(batch, generator), batch.noise(generator)
+        beta_1_B, beta_2_B = (
+            batch.share.rows(uniform(ends, batch.whole, generator))
+            for ends in (config.scores.beta_1, config.scores.beta_2)
+        )
         x_BCTHW = noised(y_BCTHW.detach(), noise, sigma_B)
         with torch.no_grad():
             real_v = scores.real(x_BCTHW, sigma_B, batch, beta_1_B, beta_2_B)
@@ -116,14 +123,25 @@ def run(
     def sample(path: Path) -> dict[str, float]:
         return watched.look(student, path)
 
-    if not (run.folder / "matching.safetensors").exists():
-        _ = watched.teachers  # before there is anything to lose
     rival = Rival("critic", critic, critic_loss, config.critic, config.critic.updates)
     fit(
         run, "matching", student, student_loss, config.fit, sample, rivals=[rival],
         alarm=lambda values: watch.alarm(values, config.limits), patience=config.limits.patience,
     )  # fmt: skip
     return student.eval().requires_grad_(False)
+
+
+def _spread(run: Run, given: Given, pruned: Collection[int], student: Any, base: Any, critic: Critic) -> None:
+    """Give the networks of this stage their parts of what stage II left."""
+    left, whole = distributed.Stored.of_file(run.folder / pruning.LEFT), given.empty_teacher()
+    of = whole if given.config.experts == "both" else given.backbone.one_expert(whole, given.config.experts)
+    kept = {id(block) for i, block in enumerate(given.backbone.blocks(whole)) if i not in pruned}
+    blocks = [block for block in given.backbone.blocks(of) if id(block) in kept]
+    names = distributed.names_in(student, of, list(zip(given.backbone.blocks(student), blocks, strict=True)), whole)
+    given.spread(student, left.renamed(names))
+    for network in {id(n): n for n in (base, critic.transformer)}.values():
+        given.spread(network, left, critic.fresh if network is critic.transformer else None)
+    distributed.spread_whole(run.world, critic.head, given.device)
 
 
 def gaps(error_B: Tensor, sigma_B: Tensor) -> dict[str, float]:
@@ -193,6 +211,9 @@ class Critic(nn.Module):
     ) -> None:
         super().__init__()
         self._backbone = backbone
+        self.head = heads.token_head(backbone.width(base))
+        self.fresh: dict[str, Tensor] = {}
+        """The adapters' weights to begin with, by their names in ``transformer``."""
         self.lora = config.kind == "lora"
         self._skipped = pruned if config.pruned else ()
         base.requires_grad_(False)
@@ -206,7 +227,21 @@ class Critic(nn.Module):
             self.transformer = copy.deepcopy(base).train().requires_grad_(True)
         depth = len(backbone.blocks(base)) - len(self._skipped)
         self._read = -1 if tokens == "last" else depth // len(backbone.groups(base)) // 2 - 1
-        self.head = heads.token_head(backbone.width(base)).to(base.device)
+        if base.device.type != "meta":
+            self.head.to(base.device)
+
+    def begin(self, run: Run) -> None:
+        """Draw the adapters' weights, as PEFT does, but each by its name: however the network lies in parts, they are
+        the same."""
+        for name, parameter in self.transformer.named_parameters():
+            if ".lora_A." in name:
+                bound = parameter.shape[1] ** -0.5
+                drawn = torch.rand(parameter.shape, generator=run.generator(f"critic/{name}", 0))
+                self.fresh[name] = (2 * drawn - 1) * bound
+            elif ".lora_B." in name:
+                self.fresh[name] = torch.zeros(parameter.shape)
+            if name in self.fresh and parameter.device.type != "meta":
+                parameter.data.copy_(self.fresh[name])
 
     def forward(self, given: Given, x_BCTHW: Tensor, sigma_B: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
         """Velocity, and one logit for each clip: does it look real?"""

@@ -2,31 +2,39 @@
 
 from __future__ import annotations
 
-import copy
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from distill import losses
+from distill import distributed, losses
 from distill.config import PruningConfig
-from distill.loop import Run, compile_blocks, fit
+from distill.loop import Run, fit
 from distill.stages.given import Batch, Given, noised
 from distill.stages.importance import Importance
 
+LEFT = "pruning.safetensors"
+"""What this stage leaves in the run's folder."""
+
 
 def run(run: Run, given: Given, found: Importance, config: PruningConfig) -> Any:
-    """Train the teacher's weights to do without the unimportant blocks; returns the transformer, of full depth."""
-    transformer = copy.deepcopy(given.teacher).train().requires_grad_(True)
-    if given.config.compile:
-        compile_blocks(run, given.backbone.blocks(transformer))
+    """Train the teacher's weights to do without the unimportant blocks; returns the transformer, of full depth.
+
+    Of several processes it is returned without its weights: the next stage reads its parts of them from ``LEFT``.
+    """
+    if run.world.is_sharded and (run.folder / LEFT).exists():
+        return given.empty_teacher()
+    transformer = given.teachers_copy()
+    given.ready(run, transformer)
+    if run.world.is_sharded:
+        given.spread(transformer, distributed.Stored.of_model(given.folder))
 
     def loss(number: int, generator: torch.Generator) -> tuple[Tensor, dict[str, float]]:
         rows_B = given.train.rows(run, number, config.fit.batch)
         drop_B = torch.rand(len(rows_B), generator=generator) < given.config.text_drop
-        batch = given.batch(given.train, rows_B, drop_B)
-        sigma_B, noise = given.sigmas(len(rows_B), generator), batch.noise(generator)
+        batch = given.mine(given.train, rows_B, drop_B)
+        sigma_B, noise = batch.share.rows(given.sigmas(batch.whole, generator)), batch.noise(generator)
         mask = draw_mask(found, config, generator)
         return depth_loss(given, transformer, batch, noise, sigma_B, mask, config), {"skipped": float(len(mask))}
 
@@ -38,7 +46,7 @@ def run(run: Run, given: Given, found: Importance, config: PruningConfig) -> Any
         return f"the full-depth path has drifted by {drifted:.3f}" if drifted > config.drift_limit else None
 
     fit(run, "pruning", transformer, loss, config.fit, sample, alarm=alarm)
-    return transformer.eval().requires_grad_(False)
+    return given.empty_teacher() if run.world.is_sharded else transformer.eval().requires_grad_(False)
 
 
 def depth_loss(
@@ -59,7 +67,7 @@ def depth_loss(
 def draw_mask(found: Importance, config: PruningConfig, generator: torch.Generator) -> frozenset[int]:
     """M* with probability q, else each block of U by itself with probability p.
 
-    It comes from the step's generator, which depends on the seed and the step alone: every rank draws the same.
+    It comes from the step's generator, which depends on the seed and the step alone: every process draws the same.
     """
     deployed = torch.rand((), generator=generator) < config.deployed_probability
     skipped = torch.rand(len(found.unimportant), generator=generator) < config.skip_probability

@@ -55,7 +55,8 @@ class Watch:
         made, teachers = self._make(student, self._call), self.teachers
         shown = slice(0, 8)
         drawn = [torch.cat(self._drawn)[shown]] if self._drawn else []
-        report.contact_sheet(sheet, [*drawn, teachers[shown], made[shown]])
+        if self._run.world.is_first:
+            report.contact_sheet(sheet, [*drawn, teachers[shown], made[shown]])
         return compare(made, teachers)
 
     def _make(self, pipe: Any, call: dict[str, Any], between: Callable[[], None] = lambda: None) -> Tensor:

@@ -100,7 +100,7 @@ def test_events_carry_losses_rates_and_samples(tmp_path):
     assert all(e["steps_per_s"] > 0 and 10 < e["memory_mb"] < 1e6 for e in losses)
     checkpoints = [(e["step"], e["checkpoint"]) for e in events if "checkpoint" in e]
     assert checkpoints == [
-        (step, "stage.checkpoint.pt") for step in range(CONFIG.checkpoint_every, 13, CONFIG.checkpoint_every)
+        (step, "stage.checkpoint") for step in range(CONFIG.checkpoint_every, 13, CONFIG.checkpoint_every)
     ]
     assert [e["step"] for e in events if "quality" in e] == [6, 12]
     assert not list(tmp_path.glob("*.tmp"))

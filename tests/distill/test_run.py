@@ -51,7 +51,7 @@ def test_interrupted_and_resumed_equals_uninterrupted_bit_for_bit(
         patch.setattr(loop.Run, "event", interrupting)
         with pytest.raises(loop.Interrupted):
             distil(folder, tiny_config)
-    assert (folder / f"{stage}.checkpoint.pt").exists()
+    assert (folder / f"{stage}.checkpoint").exists()
     assert not (folder / "student").exists()
     distil(folder, tiny_config)
     for name in ("pruning", "matching"):
@@ -247,7 +247,7 @@ def test_terminated_it_ends_with_75_and_resumes(tiny_teacher, tmp_path):
     _, errors = process.communicate(timeout=30)
     assert process.returncode == 75, errors
     assert "the same command goes on" in errors
-    assert (folder / "pruning.checkpoint.pt").exists()
+    assert (folder / "pruning.checkpoint").exists()
 
 
 def test_a_student_that_never_looks_right_is_one_clear_line_and_exit_2(tiny_teacher, tmp_path):

@@ -148,7 +148,7 @@ def test_terminated_it_ends_with_75_and_keeps_its_steps(tmp_path):
     _, errors = process.communicate(timeout=30)
     assert process.returncode == 75, errors
     assert "the same command goes on" in errors
-    assert (folder / "vae-frames.checkpoint.pt").exists()
+    assert (folder / "vae-frames.checkpoint").exists()
     # Other settings are refused: they would make another run of it.
     other = command(folder, **{**more, "seed": 9})
     refused = subprocess.run(other, cwd=ROOT, capture_output=True, text=True, timeout=60)

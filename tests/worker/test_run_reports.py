@@ -99,9 +99,9 @@ def test_progress_that_was_read_and_not_sent_is_read_again(run):
 def test_of_events_the_numbers_are_kept_and_the_latest_checkpoint_of_each_stage(run):
     lines = [
         line("pruning", 2, steps=4, loss=0.5, alarm="drifts", ok=True, none=None, far=float("inf")),
-        line("pruning", 2, checkpoint="pruning.checkpoint.pt"),
+        line("pruning", 2, checkpoint="pruning.checkpoint"),
         b'{"time": 1.5, "stage": "mat',
-        line("pruning", 4, checkpoint="pruning.checkpoint.pt"),
+        line("pruning", 4, checkpoint="pruning.checkpoint"),
     ]
     run.write("events.jsonl", b"\n".join(lines).decode() + "\n")
     look(run.reporter())

@@ -1,0 +1,374 @@
+"""Several processes under `torchrun` that train one network: FSDP2 (Zhao et al. 2023), every tensor of it in parts.
+
+    torchrun --nproc-per-node 8 -m distill run wan2.1-i2v-14b runs/a
+
+Weights, gradients, moments of the optimiser and averages lie in parts, one on each process; a block is gathered while
+it runs. All random numbers are drawn for the whole of a batch on every process, which then keeps its own rows. So masks
+and the step at which a rollout stops are the same everywhere (or the processes would gather different blocks and wait
+for each other for ever), and the losses are those of one process.
+
+A network that is too large for one process is never whole on one: it is built without memory for its weights (on the
+meta device), and each process reads its parts of them from the files.
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from accelerate import init_empty_weights
+from safetensors import safe_open
+from safetensors.torch import load_model, save_file, save_model
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from distill import student
+from distill.backbones.base import Backbone
+from distill.backbones.experts import Experts
+from distill.config import ConfigError, DistillConfig, FitConfig
+from distill.lineage import EXPERTS
+
+PATIENCE = timedelta(hours=4)
+"""That a process waits for the others: the first one may be encoding a data set. When one dies torchrun ends all."""
+
+ValueT = TypeVar("ValueT")
+
+
+@dataclass(frozen=True)
+class Share:
+    """The rows of a batch that one of several processes works on."""
+
+    number: int = 0
+    of: int = 1
+
+    def rows(self, values_B: ValueT) -> ValueT:
+        """This process's rows of what was drawn for all; every process has as many."""
+        count = len(values_B) // self.of  # type: ignore[arg-type]
+        mine: ValueT = values_B[self.number * count : (self.number + 1) * count]  # type: ignore[index]
+        return mine
+
+
+ALL = Share()
+
+
+class World:
+    """The processes of a run. Alone, which is the usual case, nothing here does anything."""
+
+    def __init__(self, rank: int = 0, size: int = 1, mesh: DeviceMesh | None = None, checkpoints: Any = None) -> None:
+        self.rank = rank
+        self.size = size
+        self.mesh = mesh
+        self.checkpoints = checkpoints
+        """Process group of its own: a checkpoint is written while training goes on, and both talk."""
+        self.share = Share(rank, size)
+        self._apart = False
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this process writes what is written once, and speaks."""
+        return self.rank == 0
+
+    @property
+    def is_sharded(self) -> bool:
+        """Whether networks lie in parts on several processes."""
+        return self.size > 1
+
+    def agreed(self, wanted: bool) -> bool:
+        """Whether any process wants it. All of them have to ask."""
+        if not self.is_sharded or self._apart:
+            return wanted
+        return any(self.gathered(wanted))
+
+    def gathered(self, value: ValueT) -> list[ValueT]:
+        """The value of every process, in their order."""
+        if not self.is_sharded:
+            return [value]
+        values: list[Any] = [None] * self.size
+        dist.all_gather_object(values, value)
+        return values
+
+    def either(self, wanted: list[bool]) -> list[bool]:
+        """Of each thing, whether any process wants it."""
+        return [any(of) for of in zip(*self.gathered(wanted), strict=True)]
+
+    @contextmanager
+    def first_alone(self) -> Iterator[None]:
+        """The block is run by the first process, and then, when its files are there, by the others.
+
+        What it raises there is raised by all.
+        """
+        if not self.is_sharded:
+            yield
+            return
+        if self.is_first:
+            self._apart = True
+            try:
+                yield
+            except Exception as error:
+                self._told(error)
+                raise
+            finally:
+                self._apart = False
+            self._told(None)
+            return
+        if (said := self._told(None)) is not None:
+            raise said
+        yield
+
+    def _told(self, error: Exception | None) -> Exception | None:
+        """What the first process says."""
+        said: list[Any] = [error]
+        dist.broadcast_object_list(said, src=0)
+        found: Exception | None = said[0]
+        return found
+
+
+ALONE = World()
+
+
+@contextmanager
+def joined() -> Iterator[World]:
+    """The processes that `torchrun` started, or this one alone.
+
+    Raises:
+        ConfigError: there are more of them on this machine than accelerators.
+    """
+    size = int(os.environ.get("WORLD_SIZE", "1"))
+    if size == 1:
+        yield ALONE
+        return
+    local, kind, backend = int(os.environ["LOCAL_RANK"]), "cpu", "gloo"
+    if torch.cuda.is_available():
+        if local >= torch.cuda.device_count():
+            raise ConfigError(
+                f"torchrun started more than {local} processes here, and there are {torch.cuda.device_count()} GPUs: "
+                "give --nproc-per-node so many"
+            )
+        torch.cuda.set_device(local)
+        kind, backend = "cuda", "cpu:gloo,cuda:nccl"
+    dist.init_process_group(backend, timeout=PATIENCE)
+    try:
+        mesh = init_device_mesh(kind, (size,), mesh_dim_names=("shard",))
+        checkpoints = dist.new_group(backend="gloo", timeout=PATIENCE)
+        yield World(dist.get_rank(), size, mesh, checkpoints)
+    finally:
+        dist.destroy_process_group()
+
+
+def check(config: DistillConfig, world: World) -> None:
+    """Whether the batches can be shared by the processes.
+
+    Raises:
+        ConfigError: they cannot; the message says which would be as large.
+    """
+    for stage, fit in (("pruning", config.pruning.fit), ("matching", config.matching.fit)):
+        if fit.batch % world.share.of:
+            raise ConfigError(_shared_otherwise(stage, fit, world.share.of))
+        if world.is_sharded and fit.optimiser == "muon":
+            raise ConfigError(
+                f"{stage}.fit.optimiser=muon works on whole matrices, and {world.size} processes hold parts of them: "
+                f"set {stage}.fit.optimiser=adamw"
+            )
+
+
+def _shared_otherwise(stage: str, fit: FitConfig, processes: int) -> str:
+    clips = fit.batch * fit.accumulate
+    parts = [count for count in range(processes, clips + 1, processes) if clips % count == 0]
+    hint = f"so that {processes} divides {stage}.fit.batch"
+    if parts:
+        best = min(parts, key=lambda count: abs(count - fit.batch))
+        hint = f"{stage}.fit.batch={best} and {stage}.fit.accumulate={clips // best}, as many clips an update"
+    return f"{stage}.fit.batch={fit.batch} cannot be shared by {processes} processes: set {hint}"
+
+
+# --- networks in parts ----------------------------------------------------------------------------------------------
+
+
+def empty(folder: Path) -> dict[str, Any]:
+    """The denoisers of a pipeline's folder by their components, without memory for their weights, frozen."""
+    import diffusers
+
+    found = {}
+    for component, kind in student.components(folder).items():
+        if f"{component}." in ("transformer.", "transformer_2."):
+            of = getattr(diffusers, kind)
+            with init_empty_weights():
+                found[component] = of.from_config(of.load_config(folder / component)).eval().requires_grad_(False)
+    return found
+
+
+def without_blocks(backbone: Backbone, network: Any, pruned: Collection[int]) -> Any:
+    """`Backbone.without_blocks` of an empty network."""
+    with init_empty_weights(), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".*copying from a non-meta parameter.*")
+        smaller = backbone.without_blocks(network, pruned)
+    _set_buffers(smaller, dict(network.named_buffers()))  # they are computed and in no file
+    return smaller
+
+
+class Stored:
+    """Weights that lie in files, by the name that each has in the network."""
+
+    def __init__(self, places: Mapping[str, tuple[Path, str]]) -> None:
+        self._places = places
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._places
+
+    def __getitem__(self, name: str) -> Tensor:
+        path, key = self._places[name]
+        with safe_open(path, framework="pt") as tensors:
+            weight: Tensor = tensors.get_tensor(key)
+        return weight
+
+    @classmethod
+    def of_model(cls, folder: Path) -> Stored:
+        """Of a pipeline's denoisers."""
+        components = [c for c in EXPERTS if (folder / c / "config.json").exists()]
+        places: dict[str, tuple[Path, str]] = {}
+        for component in components:
+            prefix = EXPERTS[component] if len(components) > 1 else ""
+            for path in student.weight_files(folder / component):
+                with safe_open(path, framework="pt") as tensors:
+                    places |= {prefix + key: (path, key) for key in tensors.keys()}
+        return cls(places)
+
+    @classmethod
+    def of_file(cls, path: Path) -> Stored:
+        """Of what a stage left."""
+        with safe_open(path, framework="pt") as tensors:
+            return cls({key: (path, key) for key in tensors.keys()})
+
+    def renamed(self, names: Mapping[str, str]) -> Stored:
+        """By other names: each new one with the one that it stands for."""
+        return Stored({new: self._places[old] for new, old in names.items() if old in self._places})
+
+
+def names_in(smaller: Any, of: Any, blocks: list[tuple[Any, Any]], whole: Any) -> dict[str, str]:
+    """What the weights of a network are called in the one that it is a part of.
+
+    Args:
+        of: the part of ``whole`` that it has fewer blocks than.
+        blocks: each of its blocks with the one that it is there.
+    """
+    there = {id(module): name for name, module in whole.named_modules()}
+    here = {id(module): name for name, module in smaller.named_modules()}
+    pairs = {f"{here[id(mine)]}.": f"{there[id(other)]}." for mine, other in blocks}
+    rest = f"{there[id(of)]}." if of is not whole else ""
+    names = {}
+    for name, _ in smaller.named_parameters():
+        prefix = next((prefix for prefix in pairs if name.startswith(prefix)), "")
+        names[name] = pairs.get(prefix, rest) + name.removeprefix(prefix)
+    return names
+
+
+def spread(
+    world: World, backbone: Backbone, network: Any, weights: Stored, device: torch.device, precision: str,
+    fresh: Mapping[str, Tensor] | None = None,
+) -> None:  # fmt: skip
+    """Give an empty network its weights, each process its part of them; in place.
+
+    What is trained is held in fp32, and what is frozen in the precision that it computes in; blocks are gathered in
+    that precision, and gradients are summed in fp32.
+
+    Args:
+        weights: by name.
+        precision: of the matrix products; of a `DistillConfig`.
+        fresh: weights that are in no file, by name.
+    """
+    # The stock models return views, and nobody changes those in place.
+    warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor")
+    fresh, buffers = fresh or {}, {name: b.to(device) for name, b in network.named_buffers()}
+    network.to("meta")
+    reduced = torch.bfloat16 if precision == "bfloat16" else torch.float32
+    for parameter in network.parameters():
+        if not parameter.requires_grad:
+            parameter.data = parameter.data.to(reduced)
+    # The inputs stay as they are: noise levels in bf16 are other ones. Autocast looks after the products.
+    policy = MixedPrecisionPolicy(
+        param_dtype=reduced if precision == "bfloat16" else None, reduce_dtype=torch.float32, cast_forward_inputs=False
+    )
+    for part in (*backbone.blocks(network), *backbone.networks(network).values()):
+        # A root would stay gathered, and not see when its weights change places with the averaged ones.
+        fully_shard(part, mesh=world.mesh, mp_policy=policy, reshard_after_forward=True)
+    network.to_empty(device=device)
+    _set_buffers(network, buffers)
+    if isinstance(network, Experts):
+        network.both_asked = world.either
+    fill(network, weights, fresh)
+
+
+def materialise(network: Any, weights: Stored) -> None:
+    """Give an empty network its weights, all of them, on the CPU; in place."""
+    buffers = dict(network.named_buffers())
+    network.to_empty(device="cpu")
+    _set_buffers(network, buffers)
+    fill(network, weights)
+
+
+@torch.no_grad()
+def fill(network: Any, weights: Stored, fresh: Mapping[str, Tensor] | None = None) -> None:
+    """Read the weights of a network, whole or in parts. Raises ``KeyError`` where one of them is nowhere."""
+    fresh = fresh or {}
+    for name, parameter in network.named_parameters():
+        stored = name.replace(".base_layer.", ".")  # as a layer with an adapter calls its own
+        value = fresh[name] if name in fresh else weights[stored]
+        value = value.to(parameter.device, parameter.dtype)
+        if isinstance(parameter, DTensor):  # each process has read all of it, and keeps its part
+            value = distribute_tensor(value, parameter.device_mesh, parameter.placements, src_data_rank=None)
+        parameter.copy_(value)
+
+
+def spread_whole(world: World, module: nn.Module, device: torch.device) -> None:
+    """A small module that has its weights, the same on every process, into parts; in place."""
+    module.to(device)
+    fully_shard(module, mesh=world.mesh, reshard_after_forward=True)
+
+
+def save(network: nn.Module, path: Path, world: World) -> None:
+    """Write a network's weights as one file, aside and renamed, by the first process; on return it is there for all."""
+    aside = path.with_suffix(".tmp")
+    if not world.is_sharded:
+        save_model(network, str(aside))
+        os.replace(aside, path)
+        return
+    weights = {}
+    for name, parameter in network.named_parameters():
+        tensor = parameter.detach()
+        value = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor  # all of them have to take part
+        if world.is_first:
+            weights[name] = value.to("cpu", copy=True).contiguous()
+        del value
+    with world.first_alone():
+        if world.is_first:
+            save_file(weights, aside)
+            os.replace(aside, path)
+
+
+def load(network: nn.Module, path: Path) -> None:
+    """Read what ``save`` wrote."""
+    if any(isinstance(parameter, DTensor) for parameter in network.parameters()):
+        fill(network, Stored.of_file(path))
+    else:
+        load_model(network, path)
+
+
+def local(tensor: Tensor) -> Tensor:
+    """The part of a tensor that is here: a view of it."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def _set_buffers(network: Any, buffers: Mapping[str, Tensor]) -> None:
+    for name, buffer in buffers.items():
+        parent, _, last = name.rpartition(".")
+        network.get_submodule(parent)._buffers[last] = buffer
