@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -100,6 +100,24 @@ class World:
     def either(self, wanted: list[bool]) -> list[bool]:
         """Of each thing, whether any process wants it."""
         return [any(of) for of in zip(*self.gathered(wanted), strict=True)]
+
+    def dealt(self, pieces: Sequence[ValueT]) -> Iterator[tuple[int, ValueT, bool]]:
+        """This process's of some pieces of work: number, piece, and whether the result counts.
+
+        All have as many, since networks in parts are run by all at once: at the end some do one that another does too.
+        """
+        for first in range(0, len(pieces), self.size):
+            number = first + self.rank
+            counts = number < len(pieces)
+            yield number, pieces[number if counts else -1], counts
+
+    def told_first(self, value: ValueT) -> list[ValueT]:
+        """The value of every process, for the first one; none for the others."""
+        if not self.is_sharded:
+            return [value]
+        values: list[Any] | None = [None] * self.size if self.is_first else None
+        dist.gather_object(value, values)
+        return values or []
 
     @contextmanager
     def first_alone(self) -> Iterator[None]:

@@ -27,6 +27,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.checkpoint import checkpoint
 from torch.utils.tensorboard import SummaryWriter
 
 from distill import distributed
@@ -183,6 +184,13 @@ def compile_blocks(run: Run, blocks: nn.ModuleList) -> None:
     torch._dynamo.config.recompile_limit = 64
     for block in blocks:
         block.compile(fullgraph=True, dynamic=False)
+
+
+def computed_again(block: Callable[..., Any], *arguments: Any) -> Any:
+    """A block's output, whose inner values are not kept for the way back but computed once more."""
+    # On the way back the block's attention has to be the same one.
+    again = checkpoint(block, *arguments, use_reentrant=False, context_fn=lambda: (nullcontext(), plain_attention()))
+    return again
 
 
 def plain_attention() -> AbstractContextManager[None]:

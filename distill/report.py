@@ -26,12 +26,11 @@ def contact_sheet(
         num_columns: frames shown of each clip, first and last among them.
         inputs_BCHW: the pictures that the clips were made from, shown once at the left of each band.
     """
-    num_frames = videos_BCTHW[0].shape[2]
-    columns = torch.linspace(0, num_frames - 1, min(num_columns, num_frames)).round().long()
+    videos_BCTHW = [shown_frames(video_BCTHW, num_columns) for video_BCTHW in videos_BCTHW]
     bands = []
     for clip in range(len(videos_BCTHW[0])):
         for row, video in enumerate(videos_BCTHW):
-            tiles = list(video[clip][:, columns].float().clamp(-1, 1).unbind(1))
+            tiles = list(video[clip].float().clamp(-1, 1).unbind(1))
             if inputs_BCHW is not None:
                 tile = inputs_BCHW[clip] if row == 0 else torch.ones_like(inputs_BCHW[clip])
                 tiles = [tile, torch.ones_like(tile[:, :, :4]), *tiles]
@@ -43,6 +42,12 @@ def contact_sheet(
     aside = path.with_suffix(".tmp.png")
     Image.fromarray(pixels_HWC.numpy()).resize((pixels_HWC.shape[1] * 2, pixels_HWC.shape[0] * 2), 0).save(aside)
     os.replace(aside, path)
+
+
+def shown_frames(video_BCTHW: Tensor, num_columns: int = 6) -> Tensor:
+    """The frames of videos that a contact sheet has."""
+    num_frames = video_BCTHW.shape[2]
+    return video_BCTHW[:, :, torch.linspace(0, num_frames - 1, min(num_columns, num_frames)).round().long()]
 
 
 def write(path: Path, text: str) -> None:

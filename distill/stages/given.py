@@ -22,7 +22,7 @@ from distill.config import DEV_CLIPS, SHAPES, ConfigError, DistillConfig
 from distill.data import prepared, shapes
 from distill.distributed import ALL, Share
 from distill.latents import Latents
-from distill.loop import Run, compile_blocks, plain_attention, training_device, write_json
+from distill.loop import Run, compile_blocks, computed_again, plain_attention, training_device, write_json
 
 
 @dataclass(frozen=True)
@@ -129,7 +129,7 @@ class Given:
         for network in {id(n): n for n in networks}.values():
             if self.config.checkpoint_activations:
                 for model in self.backbone.networks(network).values():
-                    model.enable_gradient_checkpointing()
+                    model.enable_gradient_checkpointing(computed_again)
             if self.config.compile:
                 compile_blocks(run, self.backbone.blocks(network))
 

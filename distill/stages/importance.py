@@ -116,8 +116,9 @@ def _errors(run: Run, given: Given, config: ImportanceConfig, masks: list[tuple[
     position_S = (torch.arange(config.sigmas) + 0.5) / config.sigmas
     sigma_S = schedule.shift(position_S, given.config.shift).clamp(config.sigma_min, config.sigma_max)
     sigma_S = sigma_S.repeat(config.noises)
-    errors_MKS = torch.empty(len(masks), clips, len(sigma_S))
-    for rows in given.held_out(clips, "importance.clips").split(given.config.looked_at):
+    errors_MKS = torch.zeros(len(masks), clips, len(sigma_S))
+    pieces = given.held_out(clips, "importance.clips").split(given.config.looked_at)
+    for _, rows, counts in run.world.dealt(pieces):
         first = int(rows[0])
         batch = given.batch(given.dev, rows)
         for level, sigma in enumerate(sigma_S.tolist()):
@@ -128,11 +129,12 @@ def _errors(run: Run, given: Given, config: ImportanceConfig, masks: list[tuple[
             for number, mask in enumerate(masks):
                 with given.backbone.skipping(given.teacher, mask):
                     velocity = given.velocity(given.teacher, x_BCTHW, sigma_B, batch)
-                errors_MKS[number, rows, level] = losses.velocity_error(
-                    *batch.made(velocity, batch.x0_BCTHW, noise)
-                ).cpu()
+                if counts:
+                    errors_MKS[number, rows, level] = losses.velocity_error(
+                        *batch.made(velocity, batch.x0_BCTHW, noise)
+                    ).cpu()
         run.event("importance", 0, clips=first + len(rows), masks=len(masks))
-    return errors_MKS, sigma_S
+    return torch.stack(run.world.gathered(errors_MKS)).sum(0), sigma_S
 
 
 def _weighted(errors_MKS: Tensor, sigma_S: Tensor, shift: float, weighting: Any) -> Tensor:

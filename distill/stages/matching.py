@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from peft import LoraConfig
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from distill import distributed, losses, schedule
 from distill.backbones.base import Backbone
@@ -50,11 +51,11 @@ def run(
         _ = watched.teachers  # before there is anything to lose
     if config.scores.source != "teacher":
         given.let_the_teacher_go()
-    torch.manual_seed(run.seed)  # of the critic's new weights
     sigmas = tuple(scheduler.sigmas.tolist())
     if student is None:
         student = given.without_blocks(base, pruned)
     student.train().requires_grad_(True)
+    torch.manual_seed(run.seed)  # of the critic's head
     critic = Critic(given.backbone, base, config.critic, pruned, config.gan.tokens)
     critic.begin(run)
     scores = Scores(given, base, critic, pruned, config.scores)
@@ -253,7 +254,11 @@ class Critic(nn.Module):
         tokens_BND = seen[0].float()
         # Tokens of given frames are the condition.
         later = tokens_BND.shape[1] // x_BCTHW.shape[2] * self._backbone.GIVEN_FRAMES
-        return velocity, self.head(tokens_BND[:, later:]).mean(dim=(1, 2))
+        logit_B = self.head(tokens_BND[:, later:]).mean(dim=(1, 2))
+        if isinstance(next(self.transformer.parameters()), DTensor):
+            # The way back has to begin at the network's output: it gathers what the network has beside its blocks.
+            logit_B = logit_B + 0 * velocity.mean()
+        return velocity, logit_B
 
     @contextmanager
     def scaled(self, scale: float) -> Iterator[None]:

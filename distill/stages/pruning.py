@@ -82,27 +82,33 @@ def drift(run: Run, given: Given, transformer: Any, pruned: list[int]) -> dict[s
 
     ``drift_full`` and ``drift_pruned``: mean square of the difference over that of the teacher's velocity.
     """
-    generator = run.generator("pruning/dev", 0)
     rows = torch.arange(len(given.dev))
-    sigmas = given.sigmas(len(rows), generator)
+    sigmas = given.sigmas(len(rows), run.generator("pruning/dev", 0))
     masks: dict[str, list[int] | None] = {"teacher": None, "full": [], "pruned": pruned}
     errors: dict[str, list[Tensor]] = {name: [] for name in masks}
     apart: dict[str, list[Tensor]] = {name: [] for name in masks}
     size: list[Tensor] = []
-    for part in rows.split(given.config.looked_at):
+    for number, part, counts in run.world.dealt(rows.split(given.config.looked_at)):
         batch, sigma_B = given.batch(given.dev, part), sigmas[part]
-        noise = batch.noise(generator)
+        noise = batch.noise(run.generator("pruning/dev", 1 + number))
         x_BCTHW = noised(batch.x0_BCTHW, noise, sigma_B)
         (teachers,) = batch.made(given.velocity(given.teacher, x_BCTHW, sigma_B, batch))
         x0, noise = batch.made(batch.x0_BCTHW, noise)
-        size.append(teachers.square().mean())
+        if counts:
+            size.append(teachers.square().mean().cpu())
         for name, mask in masks.items():
             made = teachers
             if mask is not None:
                 with given.backbone.skipping(transformer, mask):
                     (made,) = batch.made(given.velocity(transformer, x_BCTHW, sigma_B, batch))
-            errors[name].append(losses.velocity_error(made, x0, noise))
-            apart[name].append((made - teachers).square().mean())
+            if counts:
+                errors[name].append(losses.velocity_error(made, x0, noise).cpu())
+                apart[name].append((made - teachers).square().mean().cpu())
+    for of_process in run.world.gathered((errors, apart, size))[1:]:
+        for name in masks:
+            errors[name] += of_process[0][name]
+            apart[name] += of_process[1][name]
+        size += of_process[2]
     values = {f"dev_loss_{name}": torch.cat(found).mean().item() for name, found in errors.items()}
     for name in ("full", "pruned"):
         values[f"drift_{name}"] = (torch.stack(apart[name]).mean() / torch.stack(size).mean()).item()

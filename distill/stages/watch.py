@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cached_property
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,8 @@ from distill.loop import Run
 from distill.stages.given import Given
 
 CHUNK = 8
+SHOWN = 8
+"""Clips on a contact sheet."""
 
 
 class Watch:
@@ -35,49 +38,70 @@ class Watch:
             given.batch(given.dev, rows_B)
             for rows_B in torch.arange(min(clips, len(given.dev))).split(min(CHUNK, given.config.looked_at))
         ]
-        decode = given.backbone.decode_latents
-        self._drawn = [
-            decode(given.pipe.vae, batch.latents_BCTHW).cpu()
-            for batch in self._batches
-            if batch.latents_BCTHW is not None
-        ]
         self._noise = sampler.draw_noise(given.backbone, given.pipe, range(clips), given.card.call)
 
     @cached_property
-    def teachers(self) -> Tensor:
-        """The teacher's videos, by its own call. Making them takes a while: between parts a signal may stop the run."""
+    def teachers(self) -> dict[int, Tensor]:
+        """The teacher's videos, by its own call; of several processes each makes some, by the number of their batch.
+
+        Making them takes a while: between parts a signal may stop the run.
+        """
         return self._make(self._given.pipe, self._given.card.call, between=self._run.check_stop)
 
     @torch.no_grad()
     def look(self, transformer: Any, sheet: Path) -> dict[str, float]:
         """Ratios of what ``transformer`` makes in the student's steps to the teacher's videos, and a contact sheet."""
         student = self._given.backbone.with_parts(self._given.pipe, transformer, self._scheduler)
-        made, teachers = self._make(student, self._call), self.teachers
-        shown = slice(0, 8)
-        drawn = [torch.cat(self._drawn)[shown]] if self._drawn else []
-        if self._run.world.is_first:
-            report.contact_sheet(sheet, [*drawn, teachers[shown], made[shown]])
-        return compare(made, teachers)
+        made, world = self._make(student, self._call), self._run.world
+        shown = {
+            number: [
+                report.shown_frames(video) for video in (*self._drawn(number), self.teachers[number], made[number])
+            ]
+            for number in made
+            if number * len(self._batches[0]) < SHOWN
+        }
+        if found := world.told_first(shown):
+            of_batches = [videos for _, videos in sorted((n, v) for of in found for n, v in of.items())]
+            report.contact_sheet(sheet, [torch.cat(videos)[:SHOWN] for videos in zip(*of_batches, strict=True)])
+        looks = [(len(made[n]), _looks(made[n].clamp(-1, 1)), _looks(self.teachers[n].clamp(-1, 1))) for n in made]
+        return _ratios([look for of in world.gathered(looks) for look in of])
 
-    def _make(self, pipe: Any, call: dict[str, Any], between: Callable[[], None] = lambda: None) -> Tensor:
+    def _drawn(self, number: int) -> list[Tensor]:
+        """The clips themselves, of one batch; none where there are captions alone."""
+        latents_BCTHW = self._batches[number].latents_BCTHW
+        if latents_BCTHW is None:
+            return []
+        return [self._given.backbone.decode_latents(self._given.pipe.vae, latents_BCTHW).cpu()]
+
+    def _make(self, pipe: Any, call: dict[str, Any], between: Callable[[], None] = lambda: None) -> dict[int, Tensor]:
         precision = torch.bfloat16 if self._given.config.precision == "bfloat16" else torch.float32
-        backbone, made = self._given.backbone, []
-        first = 0
-        for batch in self._batches:
+        backbone, made = self._given.backbone, {}
+        starts = list(accumulate((len(batch) for batch in self._batches), initial=0))
+        for number, batch, counts in self._run.world.dealt(self._batches):
             between()
+            first = starts[number] if counts else starts[-2]
             noise_BCTHW = self._noise[first : first + len(batch)]
-            first += len(batch)
             given = sampler.Given(batch.image, batch.text, batch.empty)
             x_BCTHW = sampler.denoise(backbone, pipe, given, call, noise_BCTHW, precision)
-            with torch.no_grad():
-                made.append(backbone.decode_latents(pipe.vae, x_BCTHW).cpu())
-        return torch.cat(made)
+            if counts:
+                with torch.no_grad():
+                    made[number] = backbone.decode_latents(pipe.vae, x_BCTHW).cpu()
+        return made
 
 
 def compare(made_BCTHW: Tensor, reference_BCTHW: Tensor) -> dict[str, float]:
     """Motion, contrast, saturation and flicker of one set of videos over those of another; 1 where they are alike."""
-    of_made, of_reference = _looks(made_BCTHW.clamp(-1, 1)), _looks(reference_BCTHW.clamp(-1, 1))
-    return {name: value / max(of_reference[name], 1e-6) for name, value in of_made.items()}
+    return _ratios([(len(made_BCTHW), _looks(made_BCTHW.clamp(-1, 1)), _looks(reference_BCTHW.clamp(-1, 1)))])
+
+
+def _ratios(looks: list[tuple[int, dict[str, float], dict[str, float]]]) -> dict[str, float]:
+    """Of the means over some sets of clips: how many each has, how they look, how their references do."""
+    clips, ratios = sum(count for count, _, _ in looks), {}
+    for name in looks[0][1]:
+        made = sum(count * look[name] for count, look, _ in looks) / clips
+        reference = sum(count * look[name] for count, _, look in looks) / clips
+        ratios[name] = made / max(reference, 1e-6)
+    return ratios
 
 
 def _looks(video_BCTHW: Tensor) -> dict[str, float]:
