@@ -165,7 +165,7 @@ def _adopt(options: argparse.Namespace) -> int:
 
 def _distil(options: argparse.Namespace, config: DistillConfig) -> Path:
     distil = import_module("distill.run").distil
-    with import_module("distill.distributed").joined() as world:
+    with import_module("distill.distributed").joined(config.context_parallel) as world:
         out: Path = distil(options.folder, config, options.begun, world)
     return out
 

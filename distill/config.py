@@ -433,6 +433,9 @@ class DistillConfig(Config):
     checkpoint_activations: bool = Field(
         default=False, description="a block's inner values are computed again on the way back, not kept: a third slower"
     )
+    context_parallel: int = Field(
+        default=1, gt=0, description="processes that share a clip's tokens; the others of torchrun share the batch"
+    )
     precision: Literal["float32", "bfloat16"] = Field(description="of the matrix products, by autocast")
     looked_at: int = Field(default=32, gt=0, description="held-out clips that go through a network at a time")
     watched: int = Field(

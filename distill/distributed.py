@@ -64,13 +64,23 @@ ALL = Share()
 class World:
     """The processes of a run. Alone, which is the usual case, nothing here does anything."""
 
-    def __init__(self, rank: int = 0, size: int = 1, mesh: DeviceMesh | None = None, checkpoints: Any = None) -> None:
+    def __init__(
+        self, rank: int = 0, size: int = 1, context: int = 1, mesh: DeviceMesh | None = None, checkpoints: Any = None
+    ) -> None:
+        """
+        Args:
+            rank: this process's number.
+            size: how many there are.
+            context: how many neighbours work on the same clips, each on its part of the tokens.
+            mesh: of all of them; its dimensions are ``data``, ``ring`` and ``ulysses``, the last of size ``context``.
+            checkpoints: a process group of its own: a checkpoint is written while training goes on, and both talk.
+        """
         self.rank = rank
         self.size = size
+        self.context = context
         self.mesh = mesh
         self.checkpoints = checkpoints
-        """Process group of its own: a checkpoint is written while training goes on, and both talk."""
-        self.share = Share(rank, size)
+        self.share = Share(rank // context, size // context)
         self._apart = False
 
     @property
@@ -106,10 +116,10 @@ class World:
 
         All have as many, since networks in parts are run by all at once: at the end some do one that another does too.
         """
-        for first in range(0, len(pieces), self.size):
-            number = first + self.rank
-            counts = number < len(pieces)
-            yield number, pieces[number if counts else -1], counts
+        for first in range(0, len(pieces), self.share.of):
+            number = first + self.share.number
+            there = number < len(pieces)
+            yield number, pieces[number if there else -1], there and self.rank % self.context == 0
 
     def told_first(self, value: ValueT) -> list[ValueT]:
         """The value of every process, for the first one; none for the others."""
@@ -155,13 +165,21 @@ ALONE = World()
 
 
 @contextmanager
-def joined() -> Iterator[World]:
+def joined(context: int = 1) -> Iterator[World]:
     """The processes that `torchrun` started, or this one alone.
 
+    Args:
+        context: see ``World``.
+
     Raises:
-        ConfigError: there are more of them on this machine than accelerators.
+        ConfigError: there are more of them on this machine than accelerators, or ``context`` does not divide them.
     """
     size = int(os.environ.get("WORLD_SIZE", "1"))
+    if size % context:
+        raise ConfigError(
+            f"context_parallel={context} does not divide the {size} processes: start a multiple of it with torchrun, "
+            "or lower it"
+        )
     if size == 1:
         yield ALONE
         return
@@ -176,9 +194,10 @@ def joined() -> Iterator[World]:
         kind, backend = "cuda", "cpu:gloo,cuda:nccl"
     dist.init_process_group(backend, timeout=PATIENCE)
     try:
-        mesh = init_device_mesh(kind, (size,), mesh_dim_names=("shard",))
+        shape = (size // context, 1, context)  # as diffusers calls the last two
+        mesh = init_device_mesh(kind, shape, mesh_dim_names=("data", "ring", "ulysses"))
         checkpoints = dist.new_group(backend="gloo", timeout=PATIENCE)
-        yield World(dist.get_rank(), size, mesh, checkpoints)
+        yield World(dist.get_rank(), size, context, mesh, checkpoints)
     finally:
         dist.destroy_process_group()
 
@@ -197,6 +216,11 @@ def check(config: DistillConfig, world: World) -> None:
                 f"{stage}.fit.optimiser=muon works on whole matrices, and {world.size} processes hold parts of them: "
                 f"set {stage}.fit.optimiser=adamw"
             )
+    if world.context > 1 and config.matching.gan.student_weight > 0:
+        raise ConfigError(
+            f"context_parallel={world.context}: the discriminator has to see all tokens of a clip; set "
+            "context_parallel=1, or matching.gan.student_weight=0"
+        )
 
 
 def _shared_otherwise(stage: str, fit: FitConfig, processes: int) -> str:
@@ -291,8 +315,8 @@ def names_in(smaller: Any, of: Any, blocks: list[tuple[Any, Any]], whole: Any) -
 
 
 def spread(
-    world: World, backbone: Backbone, network: Any, weights: Stored, device: torch.device, precision: str,
-    fresh: Mapping[str, Tensor] | None = None,
+    world: World, backbone: Backbone, network: Any, weights: Stored, device: torch.device, config: DistillConfig,
+    shape: tuple[int, ...], fresh: Mapping[str, Tensor] | None = None,
 ) -> None:  # fmt: skip
     """Give an empty network its weights, each process its part of them; in place.
 
@@ -301,24 +325,28 @@ def spread(
 
     Args:
         weights: by name.
-        precision: of the matrix products; of a `DistillConfig`.
+        shape: of one clip's latents: C, T, H, W.
         fresh: weights that are in no file, by name.
     """
     # The stock models return views, and nobody changes those in place.
     warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor")
     fresh, buffers = fresh or {}, {name: b.to(device) for name, b in network.named_buffers()}
     network.to("meta")
-    reduced = torch.bfloat16 if precision == "bfloat16" else torch.float32
+    reduced = torch.bfloat16 if config.precision == "bfloat16" else torch.float32
     for parameter in network.parameters():
         if not parameter.requires_grad:
             parameter.data = parameter.data.to(reduced)
     # The inputs stay as they are: noise levels in bf16 are other ones. Autocast looks after the products.
     policy = MixedPrecisionPolicy(
-        param_dtype=reduced if precision == "bfloat16" else None, reduce_dtype=torch.float32, cast_forward_inputs=False
+        param_dtype=None if reduced == torch.float32 else reduced, reduce_dtype=torch.float32, cast_forward_inputs=False
     )
+    assert world.mesh is not None
+    if world.context > 1:
+        backbone.split_sequence(network, world.mesh["ring", "ulysses"], shape)
+    mesh = _in_one_dimension(world.mesh)
     for part in (*backbone.blocks(network), *backbone.networks(network).values()):
         # A root would stay gathered, and not see when its weights change places with the averaged ones.
-        fully_shard(part, mesh=world.mesh, mp_policy=policy, reshard_after_forward=True)
+        fully_shard(part, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
     network.to_empty(device=device)
     _set_buffers(network, buffers)
     if isinstance(network, Experts):
@@ -349,8 +377,14 @@ def fill(network: Any, weights: Stored, fresh: Mapping[str, Tensor] | None = Non
 
 def spread_whole(world: World, module: nn.Module, device: torch.device) -> None:
     """A small module that has its weights, the same on every process, into parts; in place."""
+    assert world.mesh is not None
     module.to(device)
-    fully_shard(module, mesh=world.mesh, reshard_after_forward=True)
+    fully_shard(module, mesh=_in_one_dimension(world.mesh), reshard_after_forward=True)
+
+
+def _in_one_dimension(mesh: DeviceMesh) -> DeviceMesh:
+    """Weights lie in parts on all processes, those that share clips too."""
+    return mesh._flatten("all")
 
 
 def save(network: nn.Module, path: Path, world: World) -> None:

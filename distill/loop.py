@@ -225,8 +225,10 @@ class Diverged(RuntimeError):
 class _Trained:
     """One network in the loop: what is trained of it, its optimisers and its running average."""
 
-    def __init__(self, model: nn.Module, config: OptimiserConfig) -> None:
+    def __init__(self, model: nn.Module, config: OptimiserConfig, parts: int = 1) -> None:
+        """``parts``: of a clip's tokens, of which each process has the gradient of one."""
         self.config = config
+        self._parts = parts
         self.parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self.optimisers = _optimisers(model, list(self.parameters.values()), config)
         self.average = {name: p.detach().clone() for name, p in self.parameters.items()}
@@ -269,7 +271,8 @@ class _Trained:
         mean = 0.0
         for loss in losses:
             value = loss() / len(losses)
-            value.backward()
+            # Over all processes gradients are averaged, and those of the parts have to be added up.
+            (value * self._parts).backward()
             mean += value.item()
         norm = nn.utils.clip_grad_norm_(list(self.parameters.values()), self.config.clip_norm)
         if isinstance(norm, DTensor):
@@ -323,8 +326,8 @@ def fit(
     if finished.exists():
         distributed.load(model, finished)
         return
-    first = _Trained(model, config)
-    others = {rival.name: _Trained(rival.model, rival.config) for rival in rivals}
+    first = _Trained(model, config, run.world.context)
+    others = {rival.name: _Trained(rival.model, rival.config, run.world.context) for rival in rivals}
     everyone = {"": first, **others}
     log = _Means(run.world)
     start, alarms, good_step = 0, 0, 0

@@ -87,6 +87,16 @@ class Backbone(Protocol):
     def width(self, transformer: Any) -> int:
         """D of the residual stream."""
 
+    def split_sequence(self, transformer: Any, mesh: Any, shape: tuple[int, ...]) -> None:
+        """Make each process of a mesh (``ring``, ``ulysses``) work on its part of the tokens, in place.
+
+        Args:
+            shape: of one clip's latents: C, T, H, W.
+
+        Raises:
+            ConfigError: it cannot be split, or not into so many.
+        """
+
     # --- conditions and the call ---
 
     def encode_text(self, pipe: Any, prompts: list[str], call: Call, first_BCHW: Tensor | None = None) -> Conditions:

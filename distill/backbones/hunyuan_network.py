@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from distill.backbones import experts
+from distill.config import ConfigError
 
 one_expert = experts.one
 _LISTS = {"num_layers": "transformer_blocks", "num_single_layers": "single_transformer_blocks"}
@@ -112,6 +113,14 @@ def _of_blocks(transformer: Any, parts: Mapping[str, Iterable[nn.Module]]) -> It
     finally:
         for name, of in whole.items():
             setattr(transformer, name, of)
+
+
+def split_sequence(transformer: Any, mesh: Any, shape: tuple[int, ...]) -> None:
+    """There is no plan for it in diffusers."""
+    raise ConfigError(
+        f"context_parallel={mesh.size()}: diffusers does not split the tokens of {type(transformer).__name__}; "
+        "set context_parallel=1"
+    )
 
 
 def without_blocks(transformer: Any, pruned: Collection[int]) -> Any:

@@ -7,6 +7,7 @@ suffixes: B clip, C channel, T latent frame, H row, W column, N token, L text to
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from itertools import pairwise
@@ -26,6 +27,7 @@ from distill.backbones.usual import arguments as arguments
 from distill.backbones.usual import frames_of as frames_of
 from distill.backbones.usual import latents_to_decode as latents_to_decode
 from distill.backbones.usual import starting as starting
+from distill.config import ConfigError
 
 TASKS: tuple[str, ...] = ("ti2v",)
 GIVEN_FRAMES = 1
@@ -359,6 +361,42 @@ class _Tap(nn.Module):
     def forward(self, hidden_BND: Tensor, *_: Any) -> Tensor:
         self._seen.append(hidden_BND)
         return hidden_BND
+
+
+def split_sequence(transformer: Any, mesh: Any, shape: tuple[int, ...]) -> None:
+    """Each process of the mesh gets its part of the tokens before the first block that is run, by diffusers' plan.
+
+    The plan names the first block of all, which may be the one that is skipped: here whichever comes first splits.
+    """
+    from diffusers import ContextParallelConfig, ParallelConfig
+    from diffusers.hooks.context_parallel import EquipartitionSharder, apply_context_parallel
+
+    parts, patch = mesh.size(), transformer.config.patch_size
+    tokens = math.prod(length // step for length, step in zip(shape[1:], patch, strict=True))
+    heads = transformer.config.num_attention_heads
+    if tokens % parts or heads % parts:
+        raise ConfigError(
+            f"context_parallel={parts} has to divide the {tokens} tokens of a clip and the {heads} heads of attention"
+        )
+    degrees = ContextParallelConfig(ring_degree=1, ulysses_degree=parts)
+    config = ParallelConfig(context_parallel_config=degrees)
+    config.setup(mesh.get_rank(), parts, torch.device(mesh.device_type), mesh=mesh)
+
+    def split(_block: nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+        hidden_BND, text, timestep, rotary = arguments
+        if hidden_BND.shape[1] != rotary[0].shape[1]:
+            hidden_BND = EquipartitionSharder.shard(hidden_BND, 1, degrees._flattened_mesh)
+        return hidden_BND, text, timestep, rotary
+
+    for model in experts.models(transformer):
+        for module in model.modules():
+            processor: Any = getattr(module, "processor", None)
+            if hasattr(processor, "_parallel_config"):
+                processor._parallel_config = config
+        plan = {name: part for name, part in model._cp_plan.items() if name != "blocks.0"}
+        apply_context_parallel(model, degrees, plan)
+        for block in model.blocks:
+            block.register_forward_pre_hook(split)
 
 
 def without_blocks(transformer: Any, pruned: Collection[int]) -> Any:

@@ -91,6 +91,7 @@ class Given:
                 self.backbone.network(self.pipe).to(self.device)
         self.backbone.in_one_pass(self.pipe.vae)
         self.teacher: Any = self.backbone.network(self.pipe)
+        self._shape = self.backbone.latent_shape(self.pipe, self.card.call)
         self._empty = copy.deepcopy(self.teacher) if empty else None
         self.few_steps_call = self.backbone.calling(self.card.call, config.student.num_inference_steps, 1.0)
         """The stock call of a student."""
@@ -99,7 +100,6 @@ class Given:
         if run.world.is_sharded:
             self.spread(self.teacher, distributed.Stored.of_model(folder))
         self.train, self.dev = _clips(run, self)
-        self._shape = self.backbone.latent_shape(self.pipe, self.card.call)
 
     def batch(self, clips: Clips, rows_B: Tensor, drop_B: Tensor | None = None) -> Batch:
         """The clips of these rows; where ``drop_B`` is true the caption is replaced by the negative prompt."""
@@ -141,7 +141,7 @@ class Given:
 
     def spread(self, network: Any, weights: distributed.Stored, fresh: dict[str, Tensor] | None = None) -> None:
         """Give a network without weights its own, in parts: see ``distributed.spread``."""
-        distributed.spread(self.world, self.backbone, network, weights, self.device, self.config.precision, fresh)
+        distributed.spread(self.world, self.backbone, network, weights, self.device, self.config, self._shape, fresh)
 
     def empty_teacher(self) -> Any:
         """Its network without weights, of several processes; what is asked of a network but for its values it knows."""

@@ -104,12 +104,10 @@ def drift(run: Run, given: Given, transformer: Any, pruned: list[int]) -> dict[s
             if counts:
                 errors[name].append(losses.velocity_error(made, x0, noise).cpu())
                 apart[name].append((made - teachers).square().mean().cpu())
-    for of_process in run.world.gathered((errors, apart, size))[1:]:
-        for name in masks:
-            errors[name] += of_process[0][name]
-            apart[name] += of_process[1][name]
-        size += of_process[2]
-    values = {f"dev_loss_{name}": torch.cat(found).mean().item() for name, found in errors.items()}
+    found = run.world.gathered((errors, apart, size))
+    values = {f"dev_loss_{name}": torch.cat([e for of in found for e in of[0][name]]).mean().item() for name in masks}
+    sizes = torch.stack([s for of in found for s in of[2]])
     for name in ("full", "pruned"):
-        values[f"drift_{name}"] = (torch.stack(apart[name]).mean() / torch.stack(size).mean()).item()
+        aparts = torch.stack([a for of in found for a in of[1][name]])
+        values[f"drift_{name}"] = (aparts.mean() / sizes.mean()).item()
     return values
