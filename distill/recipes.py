@@ -200,6 +200,7 @@ def _real(name: str, shift: float, beta_1: tuple[float, float], **more: Any) -> 
         text_drop=0.1,
         shift=shift,
         compile=True,
+        checkpoint_activations=True,
         precision="bfloat16",
         watched=8,
         looked_at=1,
@@ -211,7 +212,7 @@ def _real(name: str, shift: float, beta_1: tuple[float, float], **more: Any) -> 
             unimportant=2.0, skip_probability=0.5, deployed_probability=0.25, alpha=1.0, target="self",
             drift_limit=0.2,
             fit=FitConfig(
-                steps=4000, batch=1, accumulate=16, optimiser="adamw", learning_rate=1e-5, warmup_steps=100,
+                steps=4000, batch=8, accumulate=2, optimiser="adamw", learning_rate=1e-5, warmup_steps=100,
                 betas=(0.9, 0.999), weight_decay=0.01, clip_norm=1.0, ema_decay=0.99, log_every=10,
                 checkpoint_every=100, sample_every=500,
             ),
@@ -235,7 +236,7 @@ def _real(name: str, shift: float, beta_1: tuple[float, float], **more: Any) -> 
             score_min=0.02,
             score_max=0.98,
             fit=FitConfig(
-                steps=1000, batch=1, accumulate=16, optimiser="adamw", learning_rate=5e-7, warmup_steps=10,
+                steps=1000, batch=8, accumulate=2, optimiser="adamw", learning_rate=5e-7, warmup_steps=10,
                 betas=(0.0, 0.999), weight_decay=0.01, clip_norm=1.0, ema_decay=0.99, log_every=5,
                 checkpoint_every=50, sample_every=100,
             ),
