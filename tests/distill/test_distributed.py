@@ -93,7 +93,7 @@ def test_the_loss_curve_of_two_processes_is_that_of_one(runs, run, same):
 @pytest.mark.parametrize("run", ["whole", "experts", "split"])
 def test_what_is_looked_at_on_the_way_is_shared_and_the_same(runs, run):
     def looks(of: Path) -> list[dict]:
-        names = ("drift_full", "drift_pruned", "dev_loss_full", "motion", "contrast", "flicker", "pruned")
+        names = ("drift_full", "drift_pruned", "dev_loss_full", "motion", "contrast", "flicker", "error", "ratio")
         return [{name: event[name] for name in names if name in event} for event in events(of)]
 
     ours, theirs = looks(runs / run), looks(runs / "one" / ("whole" if run == "whole" else "experts"))
