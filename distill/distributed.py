@@ -117,9 +117,10 @@ class World:
         All have as many, since networks in parts are run by all at once: at the end some do one that another does too.
         """
         for first in range(0, len(pieces), self.share.of):
-            number = first + self.share.number
-            there = number < len(pieces)
-            yield number, pieces[number if there else -1], there and self.rank % self.context == 0
+            turn = first + self.share.number
+            number = min(turn, len(pieces) - 1)
+            # Neighbours that share a clip's tokens are given the same one, and the first of them has the result.
+            yield number, pieces[number], turn == number and self.rank % self.context == 0
 
     def told_first(self, value: ValueT) -> list[ValueT]:
         """The value of every process, for the first one; none for the others."""

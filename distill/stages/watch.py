@@ -79,8 +79,7 @@ class Watch:
         starts = list(accumulate((len(batch) for batch in self._batches), initial=0))
         for number, batch, counts in self._run.world.dealt(self._batches):
             between()
-            first = starts[number] if counts else starts[-2]
-            noise_BCTHW = self._noise[first : first + len(batch)]
+            noise_BCTHW = self._noise[starts[number] : starts[number + 1]]
             given = sampler.Given(batch.image, batch.text, batch.empty)
             x_BCTHW = sampler.denoise(backbone, pipe, given, call, noise_BCTHW, precision)
             if counts:
