@@ -14,7 +14,7 @@ from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
 
-from distill import recipes
+from distill import launch, recipes
 from distill.config import AdoptConfig, Config, ConfigError, DistillConfig, PrepareConfig, override
 
 REFUSED = 3
@@ -45,6 +45,9 @@ def main(arguments: list[str] | None = None) -> int:
     )
     run.add_argument(
         "--from", dest="begun", type=Path, metavar="RUN", help="take over stages that RUN did the same way"
+    )
+    run.add_argument(
+        "--processes", type=int, default=1, metavar="N", help="of this machine that share the work, one a GPU (1)"
     )
     run.add_argument("--dry-run", action="store_true", help="print the resolved configuration and stop")
     publish = commands.add_parser("publish", help="copy a student to where it is served from, linked to its teacher")
@@ -143,6 +146,11 @@ def main(arguments: list[str] | None = None) -> int:
             print(json.dumps(config.model_dump(mode="json"), indent=2))
             return 0
         if options.command == "run":
+            if options.processes < 1:
+                raise ConfigError(f"--processes {options.processes}: there is one at least")
+            if options.processes > 1 and launch.LAUNCHED not in os.environ:
+                given = sys.argv[1:] if arguments is None else arguments
+                return launch.together([sys.executable, "-m", "distill", *given], options.processes)
             return _train(lambda: _distil(options, distillation), options.folder)
         return _train(lambda: import_module("distill.teach").teach(options.folder, teaching), options.folder)
     except ConfigError as error:

@@ -127,6 +127,8 @@ class TrainerSettings(QueueSettings):
     """Folders under `models/`, or paths to them, between commas; none: every teacher there."""
     gate_against: Path = Path("shapes-4step")
     """What a student is held against while no worker has ever served one."""
+    train_processes: int = Field(default=1, ge=1)
+    """That share a run: one for each GPU."""
     train_policy: Literal["share", "serve-first", "window"] = "share"
     """When training runs; see `worker.gpu_lock`."""
     idle_s: int = Field(default=60, ge=1)

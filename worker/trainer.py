@@ -81,6 +81,7 @@ def main(command: Sequence[str] = training.COMMAND) -> int:
         gate_against=_found(settings.gate_against),
         students=settings.students.absolute(),
         command=command,
+        processes=settings.train_processes,
         # When the trainer is killed, the run has ended before its lease does and another trainer may have it.
         grace_s=min(_GRACE_S, settings.lease_s / 2),
         pid=os.getpid(),

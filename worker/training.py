@@ -74,6 +74,8 @@ class Runtime:
     """Where those are kept that are fetched from the storage."""
     command: Sequence[str]
     """What `run` or `gate` and their arguments come after."""
+    processes: int
+    """That share a run."""
     grace_s: float
     """How long a run that is asked to stop may take to write its checkpoint."""
     pid: int
@@ -165,7 +167,8 @@ class Run:
             if teacher.is_relative_to(ROOT):
                 teacher = teacher.relative_to(ROOT)  # what it writes down holds on another machine, too
             settings = {**self._settings(), "teacher": teacher}
-            self._execute(["run", self._record.recipe, self._folder], settings)
+            together = ["--processes", str(self._runtime.processes)] if self._runtime.processes > 1 else []
+            self._execute(["run", self._record.recipe, self._folder, *together], settings)
         try:
             sha256 = parse_card(card_path(self._student)).sha256  # the files are checked when it is published
         except FolderError as error:

@@ -146,9 +146,16 @@ def test_only_the_first_process_writes_and_speaks(runs):
 
 
 @pytest.mark.slow
-def test_a_bad_setting_is_said_once(tmp_path, tiny_teacher):
+def test_a_bad_setting_is_said_once_and_the_exit_code_is_its_own(tmp_path, tiny_teacher):
     settings = tiny.settings({**tiny.RECIPE, **SETTINGS, "teacher": str(tiny_teacher), "pruning.fit.batch": 3})
-    done = launch("-m", "distill", "run", "shapes", str(tmp_path / "run"), *(f"--set={value}" for value in settings))
+    done = subprocess.run(
+        [
+            sys.executable, "-m", "distill", "run", "shapes", str(tmp_path / "run"), "--processes", "2",
+            *(f"--set={value}" for value in settings),
+        ],
+        cwd=HERE.parents[1], capture_output=True, text=True, timeout=200, check=False,
+    )  # fmt: skip
+    assert done.returncode == 2
     lines = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert lines == [
         "error: pruning.fit.batch=3 cannot be shared by 2 processes: set pruning.fit.batch=2 and "
