@@ -127,4 +127,6 @@ if __name__ == "__main__":
     behaviour, command, *arguments = sys.argv[1:]
     if command == "gate":
         raise SystemExit(gate(behaviour, Path(arguments[0]), *arguments[1:]))
+    if "--processes" in arguments:
+        print("run shares", arguments[arguments.index("--processes") + 1], "processes", flush=True)
     raise SystemExit(BEHAVIOURS[behaviour](Path(arguments[1])))

@@ -31,9 +31,13 @@ import pytest
 import yaml
 from prometheus_client.parser import text_string_to_metric_families
 from redis import Redis
+from torch.distributed.run import get_args_parser
 
 from deploy.k8s.prometheus_rules import RULES, rules
 from deploy.stack import find_redis
+from distill import distributed, recipes
+from distill.config import ConfigError, override
+from distill.distributed import World
 from service.settings import Settings as ServiceSettings
 from tests.deploy.test_compose import SERVICES, image_environment, stages
 from tests.stack import ROOT, Stack, free_port, stop, wait_for
@@ -581,6 +585,30 @@ def redis_conf(objects: tuple[Object, ...]) -> str:
 
 def image_command(target: str) -> list[str]:
     return list(json.loads(stages()[target]["CMD"][-1]))
+
+
+# --- a training on several machines ---------------------------------------------------------------------------------
+
+
+def test_the_training_job_starts_what_torchrun_and_distill_know() -> None:
+    found = list(yaml.safe_load_all((K8S / "components" / "training-job" / "job.yaml").read_text()))
+    [job], [service] = ([one for one in found if one["kind"] == kind] for kind in ("Job", "Service"))
+    pod, spec = job["spec"]["template"]["spec"], job["spec"]
+    [container] = pod["containers"]
+    assert container["command"][0] == "torchrun"
+    options = get_args_parser().parse_args([*container["command"][1:], *container["args"]])
+    assert options.nnodes == str(spec["completions"]) == str(spec["parallelism"])
+    assert options.nproc_per_node == container["resources"]["limits"]["nvidia.com/gpu"]
+    assert options.shutdown_timeout < pod["terminationGracePeriodSeconds"]
+    assert pod["subdomain"] == service["metadata"]["name"]
+    port = service["spec"]["ports"][0]["port"]
+    assert options.rdzv_endpoint == f"{job['metadata']['name']}-0.{pod['subdomain']}:{port}"
+    assert (options.module, options.training_script, options.training_script_args[0]) == (True, "distill", "run")
+    recipe = recipes.load(options.training_script_args[1], [])
+    processes = int(options.nnodes) * int(options.nproc_per_node)
+    with pytest.raises(ConfigError, match=r"pruning\.fit\.batch=16 and pruning\.fit\.accumulate=1"):
+        distributed.check(recipe, World(0, processes))
+    distributed.check(override(recipe, options.training_script_args[4::2]), World(0, processes))
 
 
 # --- docs/kubernetes.md ----------------------------------------------------------------------------------------------

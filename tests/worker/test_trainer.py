@@ -113,6 +113,13 @@ class Run:
         wait_for(lambda: self.record.phase is RunPhase.GATE and self.processes(), 30, "the gate")
 
 
+def test_a_trainer_of_several_gpus_has_the_run_share_them(run):
+    run.let_go()
+    run.start_trainer("works", TRAIN_PROCESSES="2")
+    run.wait(Status.SUCCEEDED)
+    assert "run shares 2 processes" in (run.folder / "log.txt").read_text()
+
+
 def test_a_run_is_followed_to_its_student(run):
     run.start_trainer("works")
     run.wait_until_it_works()
