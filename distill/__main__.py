@@ -1,7 +1,7 @@
 """`python -m distill`: teach a teacher, distil a student from one, evaluate a model folder.
 
-Exit codes: 0 done, 2 a user's error (one line says what), 3 refused by the gate or, of `lineage`, not as recorded, 75
-interrupted and resumable by the same command.
+Exit codes: 0 done, 2 a user's error (one line says what), 3 refused by the gate or, of `lineage`, not as recorded, or,
+of `plan`, does not fit, 75 interrupted and resumable by the same command.
 """
 
 from __future__ import annotations
@@ -97,6 +97,9 @@ def main(arguments: list[str] | None = None) -> int:
     merge = commands.add_parser("merge", help="join what several machines prepared, or several sources")
     merge.add_argument("out", type=Path, help="a new folder")
     merge.add_argument("folders", type=Path, nargs="+", metavar="PART", help="what `prepare` wrote")
+    _add_plan(
+        commands.add_parser("plan", help="what a run will take of memory and time, before anything is downloaded")
+    )
     bench = commands.add_parser("vbench", help="what the VBench benchmark says of videos, where it is installed")
     bench.add_argument("videos", type=Path, help="folder of .mp4 files")
     bench.add_argument("--images", type=Path, metavar="FOLDER", help="their first pictures, of the same names")
@@ -127,6 +130,8 @@ def main(arguments: list[str] | None = None) -> int:
         return _lineage(options)
     if options.command in ("prepare", "merge"):
         return _prepare(options) if options.command == "prepare" else _merge(options)
+    if options.command == "plan":
+        return _plan(options)
     if options.command in ("compare", "tune"):
         return _compare(options) if options.command == "compare" else _tune(options)
     if options.command == "vbench":
@@ -238,6 +243,50 @@ def _add_prepare(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--from-teacher", action="store_true", help="captions only: the teacher samples the clips")
     parser.add_argument("--set", action="append", default=[], metavar="A.B=C", help="change one setting")
     parser.add_argument("--dry-run", action="store_true", help="print the resolved configuration and stop")
+
+
+def _add_plan(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("recipe", help=f"one of: {', '.join(recipes.RECIPES)}")
+    parser.add_argument("--gpus", type=int, required=True, metavar="N", help="processors, with a process for each")
+    parser.add_argument("--memory", required=True, metavar="SIZE", help="of each of them, for example 80GB or 141GB")
+    parser.add_argument(
+        "--gpu", default="h100", help="whose dense bf16 peak is taken: a100, h100, h200, b200, l40s (h100)"
+    )
+    parser.add_argument("--peak-tflops", type=float, help="another peak than that of --gpu")
+    parser.add_argument(
+        "--efficiency", type=float, default=0.4, help="share of it that is kept up: an assumption (0.4)"
+    )
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="what the processors are (cuda)")
+    parser.add_argument("--teacher", type=Path, metavar="FOLDER", help="whose shape is taken (the recipe's)")
+    parser.add_argument("--clip", metavar="WxHxFRAMES", help="of another size than it makes")
+    parser.add_argument("--set", action="append", default=[], metavar="A.B=C", help="change one setting")
+    parser.add_argument("--json", action="store_true", help="for programs")
+
+
+def _plan(options: argparse.Namespace) -> int:
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # of processors of images, which no plan needs
+    from distill.student import FolderError
+
+    try:
+        config = recipes.load(options.recipe, options.set)
+        plan = import_module("distill.plan")
+        machine = plan.machine(
+            options.gpus, options.memory, options.gpu, options.peak_tflops, options.efficiency, options.device
+        )
+        teacher = plan.teacher_of(options.teacher or Path(config.teacher), options.teacher is None)
+        if options.clip is not None:
+            teacher = plan.with_clips_of(teacher, options.clip)
+        calls = plan.calls_of(config, machine, teacher)
+        made = plan.make(config, machine, teacher, calls)
+        found = None if made.fits else plan.remedy(config, machine, teacher, calls)
+    except (ConfigError, FolderError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    if options.json:
+        print(json.dumps(plan.as_json(made, found), indent=2))
+    else:
+        print(plan.text(made, found))
+    return 0 if made.fits else REFUSED
 
 
 def _prepare(options: argparse.Namespace) -> int:

@@ -19,6 +19,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -82,6 +83,11 @@ class World:
         self.checkpoints = checkpoints
         self.share = Share(rank // context, size // context)
         self._apart = False
+
+    @cached_property
+    def host_mesh(self) -> DeviceMesh:
+        """Of all processes, for what waits in their machines' memory."""
+        return init_device_mesh("cpu", (self.size,))
 
     @property
     def is_first(self) -> bool:
@@ -414,6 +420,16 @@ def load(network: nn.Module, path: Path) -> None:
         fill(network, Stored.of_file(path))
     else:
         load_model(network, path)
+
+
+def on_host(tensor: Tensor, world: World) -> Tensor:
+    """A copy in the machine's memory; of a tensor in parts each process has its own."""
+    copied = local(tensor.detach()).to("cpu", copy=True)
+    if not isinstance(tensor, DTensor):
+        return copied
+    return DTensor.from_local(
+        copied, world.host_mesh, tensor.placements, run_check=False, shape=tensor.shape, stride=tensor.stride()
+    )
 
 
 def local(tensor: Tensor) -> Tensor:

@@ -334,9 +334,10 @@ def fit(
     start, alarms, good_step = 0, 0, 0
     good: dict[str, Tensor] | None = None
     checkpoints = Checkpoints(run.folder / f"{stage}.checkpoint", run.world)
-    like = {f"{network}/{name}": p for network, of in everyone.items() for name, p in of.parameters.items()}
-    like |= {f"good/{name}": p for name, p in first.parameters.items()}
-    if (found := checkpoints.load({name: p.detach() for name, p in like.items()})) is not None:
+    like = {f"{network}/{name}": p.detach() for network, of in everyone.items() for name, p in of.parameters.items()}
+    if checkpoints.latest is not None:
+        like |= {f"good/{name}": distributed.on_host(p, run.world) for name, p in first.parameters.items()}
+    if (found := checkpoints.load(like)) is not None:
         tensors, progress = found
         for network, trained in everyone.items():
             trained.load(_within(f"{network}/", tensors))
@@ -392,7 +393,8 @@ def fit(
             if wrong:
                 run.say(f"{stage}: alarm: {wrong}")
             else:
-                good = {name: value.clone() for name, value in first.average.items()}
+                # They are wanted at most once more.
+                good = {name: distributed.on_host(value, run.world) for name, value in first.average.items()}
                 good_step = done
             log.restart()
         if alarms >= patience or (wrong and done == config.steps):

@@ -31,7 +31,7 @@ from distill.backbones import (
     wan_i2v,
     wan_t2v,
 )
-from distill.backbones.conditions import Conditions
+from distill.backbones.conditions import Conditions, Shapes
 from distill.config import ConfigError
 
 Call = dict[str, Any]
@@ -114,6 +114,9 @@ class Backbone(Protocol):
 
     def latent_shape(self, pipe: Any, call: Call) -> tuple[int, int, int, int]:
         """C, T, H, W of what the stock pipeline denoises."""
+
+    def condition_shapes(self, pipe: Any, call: Call) -> tuple[Shapes, Shapes]:
+        """Of one clip's image and text conditions, by name, of a pipeline whose networks need no weights."""
 
     def frames_of(self, call: Call) -> int:
         """Of the video that a stock call gives."""

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 
 Conditions = dict[str, Tensor]
+Shapes = dict[str, tuple[int, ...]]
+"""Of conditions, without the clips' axis."""
 
 
 def joined(parts: Iterable[Conditions]) -> Conditions:

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from distill.backbones import hunyuan15_autoencoder, hunyuan15_t2v, hunyuan_i2v_concat
-from distill.backbones.conditions import Conditions
+from distill.backbones import hunyuan15_autoencoder, hunyuan15_t2v, hunyuan_i2v_concat, hunyuan_t2v
+from distill.backbones.conditions import Conditions, Shapes
 from distill.backbones.wan_i2v import picture
 
 TASKS = ("ti2v",)
@@ -45,6 +45,14 @@ def image_of(x0_BCTHW: Tensor, kept: Conditions) -> Conditions:
 def to_keep(image: Conditions) -> Conditions:
     """SigLIP's tokens."""
     return {"embeds": image["embeds"]}
+
+
+def condition_shapes(pipe: Any, call: Mapping[str, Any]) -> tuple[Shapes, Shapes]:
+    """``first`` and ``embeds``; the text."""
+    channels, _, height, width = hunyuan_t2v.latent_shape(pipe, call)
+    seen = pipe.image_encoder.config
+    embeds = ((seen.image_size // seen.patch_size) ** 2, seen.hidden_size)
+    return {"first": (channels, 1, height, width), "embeds": embeds}, hunyuan15_t2v.condition_shapes(pipe, call)[1]
 
 
 def predict_velocity(transformer: Any, x_BCTHW: Tensor, sigma_B: Tensor, image: Conditions, text: Conditions) -> Tensor:

@@ -19,7 +19,7 @@ from diffusers import ClassifierFreeGuidance
 from torch import Tensor
 
 from distill.backbones import hunyuan_network, hunyuan_t2v
-from distill.backbones.conditions import Conditions
+from distill.backbones.conditions import Conditions, Shapes
 from distill.backbones.usual import NUM_TRAIN_TIMESTEPS
 
 EXPORT_AXES: Mapping[str, tuple[int, ...]] = {
@@ -56,6 +56,17 @@ def text_inputs(text: Conditions, negative: Conditions | None = None) -> dict[st
 def arguments(call: Mapping[str, Any]) -> dict[str, Any]:
     """Without what the pipeline cannot be asked for."""
     return {name: value for name, value in call.items() if name not in _NOT_ASKED}
+
+
+def condition_shapes(pipe: Any, call: Mapping[str, Any]) -> tuple[Shapes, Shapes]:
+    """No image; ``text``, ``glyphs`` and their masks."""
+    config = pipe.transformer.config
+    most = call.get("max_sequence_length", pipe.tokenizer_max_length)
+    tokens, glyphs = min(most, pipe.tokenizer_max_length), min(most, pipe.tokenizer_2_max_length)
+    return {}, {
+        "text": (tokens, config.text_embed_dim), "mask": (tokens,),
+        "glyphs": (glyphs, config.text_embed_2_dim), "glyph_mask": (glyphs,),
+    }  # fmt: skip
 
 
 def guidance_at(transformer: Any, call: Mapping[str, Any], sigma: float) -> float:

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from distill.backbones import hunyuan_autoencoder, hunyuan_t2v
-from distill.backbones.conditions import Conditions, joined
+from distill.backbones.conditions import Conditions, Shapes, joined
 from distill.backbones.wan_i2v import picture
 
 TASKS = ("ti2v",)
@@ -26,6 +26,8 @@ EXPORT_AXES: Mapping[str, tuple[int, ...]] = dict.fromkeys(hunyuan_t2v.EXPORT_AX
 """Clips alone: where the given frame's tokens end is a number in the graph."""
 EVERY_IMAGE_TOKEN, NEGATIVE_EVERY = 4, 2
 """One image token of so many goes before the prompt's, and before the negative prompt's, whatever the call asks."""
+CUT_OUT = 4
+"""Tokens of the template between prompt and answer, which the stock pipeline takes out of the prompt's."""
 START = 0.999
 """Share of the noise in what the stock pipeline starts from; the rest is the image."""
 
@@ -60,6 +62,13 @@ def encoded_with(
     made = joined(parts)
     missing = _image_tokens(call, min(every, NEGATIVE_EVERY)) - _image_tokens(call, every_token)
     return {**made, "text": F.pad(made["text"], (0, 0, 0, missing)), "mask": F.pad(made["mask"], (0, missing))}
+
+
+def condition_shapes(pipe: Any, call: Mapping[str, Any]) -> tuple[Shapes, Shapes]:
+    """``first``; the text with the image's tokens before it."""
+    channels, _, height, width = hunyuan_t2v.latent_shape(pipe, call)
+    tokens = call["max_sequence_length"] - CUT_OUT + _image_tokens(call, NEGATIVE_EVERY)
+    return {"first": (channels, 1, height, width)}, hunyuan_t2v.text_shapes(pipe, tokens)
 
 
 def _image_tokens(call: Mapping[str, Any], every: int) -> int:

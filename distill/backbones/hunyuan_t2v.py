@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from distill.backbones import hunyuan_network
-from distill.backbones.conditions import Conditions
+from distill.backbones.conditions import Conditions, Shapes
 from distill.backbones.usual import NUM_TRAIN_TIMESTEPS
 
 TASKS = ("t2v",)
@@ -79,6 +79,22 @@ def latent_shape(pipe: Any, call: Mapping[str, Any]) -> tuple[int, int, int, int
         call["height"] // pipe.vae_scale_factor_spatial,
         call["width"] // pipe.vae_scale_factor_spatial,
     )
+
+
+def condition_shapes(pipe: Any, call: Mapping[str, Any]) -> tuple[Shapes, Shapes]:
+    """No image; ``text``, ``mask``, ``pooled`` and ``guidance``."""
+    return {}, text_shapes(pipe, call["max_sequence_length"])
+
+
+def text_shapes(pipe: Any, tokens: int) -> Shapes:
+    """Of so many tokens."""
+    config = pipe.transformer.config
+    text: Shapes = {
+        "text": (tokens, config.text_embed_dim),
+        "mask": (tokens,),
+        "pooled": (config.pooled_projection_dim,),
+    }
+    return {**text, "guidance": ()} if config.guidance_embeds else text
 
 
 def guidance_at(transformer: Any, call: Mapping[str, Any], sigma: float) -> float:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from distill.backbones import experts, wan_autoencoder
-from distill.backbones.conditions import Conditions
+from distill.backbones.conditions import Conditions, Shapes
 from distill.backbones.usual import NUM_TRAIN_TIMESTEPS
 from distill.backbones.usual import TEXT_SEES_IMAGE as TEXT_SEES_IMAGE  # these, too, are a part of this backbone
 from distill.backbones.usual import arguments as arguments
@@ -142,6 +142,17 @@ def latent_shape(pipe: Any, call: Mapping[str, Any]) -> tuple[int, int, int, int
         call["height"] // pipe.vae_scale_factor_spatial,
         call["width"] // pipe.vae_scale_factor_spatial,
     )
+
+
+def condition_shapes(pipe: Any, call: Mapping[str, Any]) -> tuple[Shapes, Shapes]:
+    """``first``; ``text``."""
+    channels, _, height, width = latent_shape(pipe, call)
+    return {"first": (channels, 1, height, width)}, text_shapes(pipe, call)
+
+
+def text_shapes(pipe: Any, call: Mapping[str, Any]) -> Shapes:
+    """``text``."""
+    return {"text": (call["max_sequence_length"], pipe.transformer.config.text_dim)}
 
 
 def guidance_at(transformer: Any, call: Mapping[str, Any], sigma: float) -> float:

@@ -16,7 +16,7 @@ from PIL import Image
 from torch import Tensor
 
 from distill.backbones import wan
-from distill.backbones.conditions import Conditions
+from distill.backbones.conditions import Conditions, Shapes
 from distill.backbones.wan_t2v import called
 
 TASKS: tuple[str, ...] = ("ti2v",)
@@ -53,6 +53,16 @@ def image_of(x0_BCTHW: Tensor, kept: Conditions) -> Conditions:
 def to_keep(image: Conditions) -> Conditions:
     """All of it."""
     return image
+
+
+def condition_shapes(pipe: Any, call: Mapping[str, Any]) -> tuple[Shapes, Shapes]:
+    """``beside``, and ``clip`` where the transformer attends to it; ``text``."""
+    channels, *rest = wan.latent_shape(pipe, call)
+    image: Shapes = {"beside": (pipe.vae_scale_factor_temporal + channels, *rest)}
+    if pipe.transformer.config.image_dim is not None:
+        seen = pipe.image_encoder.config
+        image["clip"] = ((seen.image_size // seen.patch_size) ** 2 + 1, seen.hidden_size)
+    return image, wan.text_shapes(pipe, call)
 
 
 def predict_velocity(transformer: Any, x_BCTHW: Tensor, sigma_B: Tensor, image: Conditions, text: Conditions) -> Tensor:

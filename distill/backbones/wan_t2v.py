@@ -11,11 +11,16 @@ from typing import Any
 from torch import Tensor
 
 from distill.backbones import experts, wan
-from distill.backbones.conditions import Conditions
+from distill.backbones.conditions import Conditions, Shapes
 from distill.backbones.usual import NUM_TRAIN_TIMESTEPS
 
 TASKS: tuple[str, ...] = ("t2v",)
 EXPORT_AXES: Mapping[str, tuple[int, ...]] = {**wan.EXPORT_AXES, "timestep": (0,)}
+
+
+def condition_shapes(pipe: Any, call: Mapping[str, Any]) -> tuple[Shapes, Shapes]:
+    """``text`` alone."""
+    return {}, wan.text_shapes(pipe, call)
 
 
 def predict_velocity(transformer: Any, x_BCTHW: Tensor, sigma_B: Tensor, image: Conditions, text: Conditions) -> Tensor:

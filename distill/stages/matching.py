@@ -12,6 +12,7 @@ Both scores come from stage II's weights. The critic is a LoRA on them (or a ful
 from __future__ import annotations
 
 import copy
+import gc
 from collections import defaultdict
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
@@ -51,6 +52,7 @@ def run(
         _ = watched.teachers  # before there is anything to lose
     if config.scores.source != "teacher":
         given.let_the_teacher_go()
+    gc.collect()  # networks in parts, such as stage II's, refer to themselves
     sigmas = tuple(scheduler.sigmas.tolist())
     if student is None:
         student = given.without_blocks(base, pruned)
