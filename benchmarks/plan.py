@@ -116,8 +116,8 @@ def _rows(work: Path, name: str, processes: int, before: dict[str, int]) -> list
     measured = _run(work, name, case, processes)
     device: Any = "cuda" if torch.cuda.is_available() else "cpu"
     machine = plan.Machine(processes, 2**40, 1.0, 1.0, device)
-    teacher = calls.teacher_of(work / f"{_shape(case)}-teacher", known=False)
-    made = plan.make(recipes.load(RECIPE, _settings(work, case)), machine, teacher)
+    teacher = calls.teacher_of(work / f"{shape_of(case)}-teacher", known=False)
+    made = plan.make(recipes.load(RECIPE, settings_of(work, case)), machine, teacher)
     rows = []
     for stage in made.stages:
         if stage.name in EVENTS:
@@ -131,29 +131,29 @@ def _rows(work: Path, name: str, processes: int, before: dict[str, int]) -> list
     return rows
 
 
-def _shape(case: Case) -> str:
+def shape_of(case: Case) -> str:
     return f"{case.heads}-{case.ffn_dim}-{case.layers}-{case.side}-{case.frames}"
 
 
-def _settings(work: Path, case: Case) -> list[str]:
-    teacher, data = work / f"{_shape(case)}-teacher", work / f"{_shape(case)}-data"
+def settings_of(work: Path, case: Case) -> list[str]:
+    teacher, data = work / f"{shape_of(case)}-teacher", work / f"{shape_of(case)}-data"
     values = {**SETTINGS, "teacher": str(teacher), "data": str(data), **case.settings}
     return [f"{name}={value if isinstance(value, str) else json.dumps(value)}" for name, value in values.items()]
 
 
 def _run(work: Path, name: str, case: Case, processes: int) -> dict[str, int]:
     """The peak of each stage, each in processes of its own: peaks only grow."""
-    teacher, data = work / f"{_shape(case)}-teacher", work / f"{_shape(case)}-data"
+    teacher, data = work / f"{shape_of(case)}-teacher", work / f"{shape_of(case)}-data"
     if not teacher.exists():
-        _make_teacher(teacher, case)
+        make_teacher(teacher, case)
     if not data.exists():
         captions = work / "captions.txt"
         captions.write_text("".join(f"a boat on lake number {i}\n" for i in range(8)))
-        _distill(1, "prepare", captions, data, "--model", teacher, "--from-teacher", "--set", "held_out=0.4")
+        distill(1, "prepare", captions, data, "--model", teacher, "--from-teacher", "--set", "held_out=0.4")
     folder = work / f"{name}-{processes}"
-    command = ["run", RECIPE, folder, *(part for text in _settings(work, case) for part in ("--set", text))]
+    command = ["run", RECIPE, folder, *(part for text in settings_of(work, case) for part in ("--set", text))]
     if not (folder / "report.md").exists():
-        _distill(processes, *command)
+        distill(processes, *command)
     found = {"II pruning": _peak(folder, EVENTS["II pruning"])}
     again = work / f"{name}-{processes}-matching"
     if not (again / "report.md").exists():
@@ -162,7 +162,7 @@ def _run(work: Path, name: str, case: Case, processes: int) -> dict[str, int]:
             folder, again, ignore=shutil.ignore_patterns("matching*", "report.md", "student", "events.jsonl")
         )
         command[2] = again
-        _distill(processes, *command)
+        distill(processes, *command)
     return {**found, "III matching": _peak(again, EVENTS["III matching"])}
 
 
@@ -171,7 +171,7 @@ def _peak(folder: Path, stage: str) -> int:
     return int(max(e["memory_mb"] for e in events if e["stage"] == stage and "memory_mb" in e) * 2**20)
 
 
-def _distill(processes: int, *arguments: object) -> None:
+def distill(processes: int, *arguments: object) -> None:
     command = [sys.executable, "-m"]
     if processes > 1:
         command += ["torch.distributed.run", "--standalone", "--nproc-per-node", str(processes), "-m"]
@@ -180,7 +180,7 @@ def _distill(processes: int, *arguments: object) -> None:
     subprocess.run(command, check=True, env=environment, stdout=subprocess.DEVNULL)  # noqa: S603
 
 
-def _make_teacher(folder: Path, case: Case) -> None:
+def make_teacher(folder: Path, case: Case) -> None:
     torch.manual_seed(0)
     tokenizer = make_tokenizer()
     pipe = WanPipeline(
@@ -202,7 +202,7 @@ def _make_teacher(folder: Path, case: Case) -> None:
     pipe.save_pretrained(aside)
     call = {"num_inference_steps": 2, "height": case.side, "width": case.side, "num_frames": case.frames,
             "max_sequence_length": 32}  # fmt: skip
-    _distill(1, "adopt", aside, *(part for name, of in call.items() for part in ("--set", f"{name}={of}")))
+    distill(1, "adopt", aside, *(part for name, of in call.items() for part in ("--set", f"{name}={of}")))
     aside.rename(folder)
 
 
