@@ -153,7 +153,7 @@ def main(arguments: list[str] | None = None) -> int:
         if options.command == "run":
             if options.processes < 1:
                 raise ConfigError(f"--processes {options.processes}: there is one at least")
-            if options.processes > 1 and launch.LAUNCHED not in os.environ:
+            if options.processes > 1 and not all(name in os.environ for name in launch.LAUNCHED):
                 given = sys.argv[1:] if arguments is None else arguments
                 return launch.together([sys.executable, "-m", "distill", *given], options.processes)
             return _train(lambda: _distil(options, distillation), options.folder)
@@ -188,8 +188,8 @@ def _train(train: Callable[[], Path], folder: Path) -> int:
     from distill.loop import Diverged, Interrupted
     from distill.student import FolderError
 
-    # Of several processes, which all end the same way, the first one says how.
-    said = sys.stderr if os.environ.get("RANK", "0") == "0" else None
+    # Of several processes, which all end the same way, the first one of each machine says how.
+    said = sys.stderr if os.environ.get("LOCAL_RANK", "0") == "0" else None
     try:
         done = train()
     except Interrupted:

@@ -37,9 +37,12 @@ class Checkpoints:
 
     @property
     def latest(self) -> Path | None:
-        """The last one that was finished."""
+        """The last one that was finished, as the first process sees it."""
         found = [path.parent for path in self.folder.glob(f"*/{COMPLETE}")]
-        return max(found, key=lambda path: int(path.name), default=None)
+        last = self._world.said_by_first(max(found, key=lambda path: int(path.name), default=None))
+        if last is not None:
+            self._world.wait_for(last / COMPLETE, last / PROGRESS)
+        return last
 
     def save(self, step: int, tensors: Mapping[str, Tensor], progress: dict[str, Any]) -> int | None:
         """Begin to write one; returns the step of one that this finished.
@@ -74,6 +77,7 @@ class Checkpoints:
         self._writing = None
         self._world.gathered(None)
         self._remove_others(self.folder / f"{step:06d}")
+        self._world.gathered(None)  # none ends, and has the others ended, before that is done
         return step
 
     def load(self, like: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Any]] | None:

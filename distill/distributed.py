@@ -7,13 +7,15 @@ it runs. All random numbers are drawn for the whole of a batch on every process,
 and the step at which a rollout stops are the same everywhere (or the processes would gather different blocks and wait
 for each other for ever), and the losses are those of one process.
 
-A network that is too large for one process is never whole on one: it is built without memory for its weights (on the
-meta device), and each process reads its parts of them from the files.
+A network that is too large for one processor is never whole on one: it is built without memory for its weights (on the
+meta device), and each process reads its parts of them from the files. Only to write a file of all its weights does the
+first process put them together, in its machine's memory.
 """
 
 from __future__ import annotations
 
 import os
+import time
 import warnings
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -41,6 +43,8 @@ from distill.lineage import EXPERTS
 
 PATIENCE = timedelta(hours=4)
 """That a process waits for the others: the first one may be encoding a data set. When one dies torchrun ends all."""
+_UNSEEN_S = 180.0
+"""That a shared folder may take to show another machine a new file."""
 
 ValueT = TypeVar("ValueT")
 
@@ -117,6 +121,32 @@ class World:
         """Of each thing, whether any process wants it."""
         return [any(of) for of in zip(*self.gathered(wanted), strict=True)]
 
+    def said_by_first(self, value: ValueT) -> ValueT:
+        """The first process' value. What decides over what all of them do is taken from it: another machine may see a
+        shared folder as it was a minute ago."""
+        if not self.is_sharded or self._apart:
+            return value
+        said: list[Any] = [value]
+        dist.broadcast_object_list(said, src=0)
+        found: ValueT = said[0]
+        return found
+
+    def exists(self, path: Path) -> bool:
+        """Whether the first process sees it, and then all of them."""
+        there = self.said_by_first(path.exists())
+        if there:
+            self.wait_for(path)
+        return there
+
+    def wait_for(self, *paths: Path) -> None:
+        """Until this process sees what the first one has written. Raises ``ConfigError`` where it never does."""
+        until = time.monotonic() + _UNSEEN_S
+        while not self.is_first and (unseen := [path for path in paths if not path.exists()]):
+            if time.monotonic() > until:
+                raise ConfigError(f"{unseen[0]} is not seen here: all processes need the same folder")
+            os.listdir(unseen[0].parent)  # which some file systems look at anew for it
+            time.sleep(0.2)
+
     def dealt(self, pieces: Sequence[ValueT]) -> Iterator[tuple[int, ValueT, bool]]:
         """This process's of some pieces of work: number, piece, and whether the result counts.
 
@@ -190,23 +220,25 @@ def joined(context: int = 1) -> Iterator[World]:
     if size == 1:
         yield ALONE
         return
+    if "LOCAL_RANK" not in os.environ:
+        raise ConfigError(f"WORLD_SIZE={size}, and no LOCAL_RANK: start it with --processes or torchrun, or unset it")
     local, kind, backend = int(os.environ["LOCAL_RANK"]), "cpu", "gloo"
     if torch.cuda.is_available():
-        if local >= torch.cuda.device_count():
+        here = int(os.environ.get("LOCAL_WORLD_SIZE", local + 1))
+        if here > torch.cuda.device_count():  # of all of them, or the first one would wait for the others
             raise ConfigError(
-                f"torchrun started more than {local} processes here, and there are {torch.cuda.device_count()} GPUs: "
-                "give --nproc-per-node so many"
+                f"{here} processes were started here, and there are {torch.cuda.device_count()} GPUs: "
+                "give --processes (of torchrun: --nproc-per-node) so many"
             )
         torch.cuda.set_device(local)
         kind, backend = "cuda", "cpu:gloo,cuda:nccl"
     dist.init_process_group(backend, timeout=PATIENCE)
-    try:
-        shape = (size // context, 1, context)  # as diffusers calls the last two
-        mesh = init_device_mesh(kind, shape, mesh_dim_names=("data", "ring", "ulysses"))
-        checkpoints = dist.new_group(backend="gloo", timeout=PATIENCE)
-        yield World(dist.get_rank(), size, context, mesh, checkpoints)
-    finally:
-        dist.destroy_process_group()
+    shape = (size // context, 1, context)  # as diffusers calls the last two
+    mesh = init_device_mesh(kind, shape, mesh_dim_names=("data", "ring", "ulysses"))
+    checkpoints = dist.new_group(backend="gloo", timeout=PATIENCE)
+    yield World(dist.get_rank(), size, context, mesh, checkpoints)
+    # All of them do so together, with NCCL. One that has failed alone has to end, or the others would not be ended.
+    dist.destroy_process_group()
 
 
 def check(config: DistillConfig, world: World) -> None:
@@ -218,10 +250,13 @@ def check(config: DistillConfig, world: World) -> None:
     for stage, fit in (("pruning", config.pruning.fit), ("matching", config.matching.fit)):
         if fit.batch % world.share.of:
             raise ConfigError(_shared_otherwise(stage, fit, world.share.of))
-        if world.is_sharded and fit.optimiser == "muon":
+    optimisers = {"pruning.fit": config.pruning.fit, "matching.fit": config.matching.fit,
+                  "matching.critic": config.matching.critic}  # fmt: skip
+    for name, settings in optimisers.items():
+        if world.is_sharded and settings.optimiser == "muon":
             raise ConfigError(
-                f"{stage}.fit.optimiser=muon works on whole matrices, and {world.size} processes hold parts of them: "
-                f"set {stage}.fit.optimiser=adamw"
+                f"{name}.optimiser=muon works on whole matrices, and {world.size} processes hold parts of them: "
+                f"set {name}.optimiser=adamw"
             )
     if world.context > 1 and config.matching.gan.student_weight > 0:
         raise ConfigError(
@@ -412,6 +447,7 @@ def save(network: nn.Module, path: Path, world: World) -> None:
         if world.is_first:
             save_file(weights, aside)
             os.replace(aside, path)
+    world.wait_for(path)
 
 
 def load(network: nn.Module, path: Path) -> None:

@@ -17,8 +17,10 @@ from collections.abc import Sequence
 from contextlib import closing
 from types import FrameType
 
-LAUNCHED = "LOCAL_RANK"
+LAUNCHED = ("LOCAL_RANK", "WORLD_SIZE")
 """In the environment of a process that was started by this or by torchrun."""
+RESUMABLE = 75
+"""Exit code of one that was interrupted: so are the others, and each ends when it is ready."""
 _POLL_S = 0.2
 _OTHERS_S = 15.0
 """That the others get when one of them has ended with an error: to say what they have to say."""
@@ -40,11 +42,14 @@ def together(command: Sequence[str], processes: int) -> int:
 
     before = {stop: signal.signal(stop, hand_on) for stop in _STOPS}
     try:
-        beside = {"WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": processes, "MASTER_PORT": _free_port()}
+        beside = {
+            "WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": processes,
+            "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": _free_port(),
+        }  # fmt: skip
         # As torchrun has it: processes that share the cores do not each take all of them.
-        usual = {"MASTER_ADDR": "127.0.0.1", "OMP_NUM_THREADS": max((os.cpu_count() or 1) // processes, 1)}
+        usual = {"OMP_NUM_THREADS": max((os.cpu_count() or 1) // processes, 1)}
         for rank in range(processes):
-            own = {**beside, "RANK": rank, LAUNCHED: rank}
+            own = {**beside, "RANK": rank, "LOCAL_RANK": rank}
             environment = {**{k: str(v) for k, v in usual.items()}, **os.environ, **{k: str(v) for k, v in own.items()}}
             started.append(
                 subprocess.Popen(  # noqa: S603 (this command, as the user gave it)
@@ -71,7 +76,7 @@ def _first_error(started: Sequence[subprocess.Popen[bytes]]) -> int:
         codes = [process.poll() for process in started]
         failed = next((one for one in codes if one), 0)
         if failed and not code:
-            code, until = failed, time.monotonic() + _OTHERS_S
+            code, until = failed, float("inf") if failed == RESUMABLE else time.monotonic() + _OTHERS_S
             for process, ended in zip(started, codes, strict=True):
                 if ended is None:
                     process.terminate()

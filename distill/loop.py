@@ -324,8 +324,10 @@ def fit(
         Diverged: the alarms came before there were any good weights.
     """
     finished = run.folder / f"{stage}.safetensors"
-    if finished.exists():
+    checkpoints = Checkpoints(run.folder / f"{stage}.checkpoint", run.world)
+    if run.world.exists(finished):
         distributed.load(model, finished)
+        checkpoints.remove()  # of a run that was killed between the two
         return
     first = _Trained(model, config, run.world.context)
     others = {rival.name: _Trained(rival.model, rival.config, run.world.context) for rival in rivals}
@@ -333,7 +335,6 @@ def fit(
     log = _Means(run.world)
     start, alarms, good_step = 0, 0, 0
     good: dict[str, Tensor] | None = None
-    checkpoints = Checkpoints(run.folder / f"{stage}.checkpoint", run.world)
     like = {f"{network}/{name}": p.detach() for network, of in everyone.items() for name, p in of.parameters.items()}
     if checkpoints.latest is not None:
         like |= {f"good/{name}": distributed.on_host(p, run.world) for name, p in first.parameters.items()}
@@ -344,6 +345,7 @@ def fit(
         good = _within("good/", tensors) or None
         start, alarms, good_step = (progress[name] for name in ("step", "alarms", "good_step"))
         log.load(progress["log"])
+        del tensors, found  # copies of all that was loaded: as much memory again as weights and averages take
         run.say(f"{stage}: resumed at step {start}")
     if shadow is not None:
         for name, parameter in shadow.named_parameters():

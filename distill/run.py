@@ -52,7 +52,7 @@ def distil(folder: Path, config: DistillConfig, begun: Path | None = None, world
         watched = watch.Watch(run, given, scheduler)
         few = None if config.experts == "both" else student_of(given, whole, found.pruned)
         transformer = matching.run(run, given, found.pruned, whole, config.matching, scheduler, watched, few)
-        if not (folder / "report.md").exists():  # written last
+        if not world.exists(folder / "report.md"):  # written last
             seen = watched.look(transformer, folder / "samples" / "student.png")
             with world.first_alone():
                 if world.is_first:

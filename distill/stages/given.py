@@ -213,6 +213,7 @@ def _clips(run: Run, given: Given) -> tuple[Clips, Clips]:
     config = given.config
     if config.data == SHAPES:
         with run.world.first_alone():  # it encodes, the others read
+            run.world.wait_for(*(run.folder / f"latents-{split}.safetensors" for split in ("train", "dev")))
             train = Latents.of_split(run, given.pipe.vae, "train", config.num_clips, config.compile)
             return train, Latents.of_split(run, given.pipe.vae, "dev", DEV_CLIPS, compile=False)
     folder = Path(config.data)

@@ -59,7 +59,7 @@ def run(run: Run, given: Given, config: ImportanceConfig, unimportant: float) ->
         ConfigError: the budget leaves no block, or wants more than there are.
     """
     path = run.folder / "importance.json"
-    if path.exists():
+    if run.world.exists(path):
         return Importance(**json.loads(path.read_text()))
     transformer = given.teacher
     count = len(given.backbone.blocks(transformer))

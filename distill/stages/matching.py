@@ -48,10 +48,10 @@ def run(
         scheduler: the one that will be saved, set to its steps: the student is trained on just its noise levels.
         watched: what is looked at on the way; its alarms end the stage with the last good weights.
     """
-    if not (run.folder / "matching.safetensors").exists():
+    if not run.world.exists(run.folder / "matching.safetensors"):
         _ = watched.teachers  # before there is anything to lose
-    if config.scores.source != "teacher":
-        given.let_the_teacher_go()
+        if config.scores.source != "teacher":
+            given.let_the_teacher_go()
     gc.collect()  # networks in parts, such as stage II's, refer to themselves
     sigmas = tuple(scheduler.sigmas.tolist())
     if student is None:

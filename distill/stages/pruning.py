@@ -23,7 +23,7 @@ def run(run: Run, given: Given, found: Importance, config: PruningConfig) -> Any
 
     Of several processes it is returned without its weights: the next stage reads its parts of them from ``LEFT``.
     """
-    if run.world.is_sharded and (run.folder / LEFT).exists():
+    if run.world.is_sharded and run.world.exists(run.folder / LEFT):
         return given.empty_teacher()
     transformer = given.teachers_copy()
     given.ready(run, transformer)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import subprocess
 import sys
@@ -40,7 +39,10 @@ def test_each_process_is_told_which_one_it_is(tmp_path):
 
 @pytest.mark.parametrize("code", [2, 75])
 def test_the_exit_code_of_one_is_that_of_all_and_nobody_waits_for_it(code):
-    program = f"import os, time; time.sleep(0 if os.environ['RANK'] == '1' else 60); raise SystemExit({code})"
+    program = (
+        "import os, signal, time; signal.signal(signal.SIGTERM, lambda *_: exit(0));"
+        f"time.sleep(.5 if os.environ['RANK'] == '1' else 60); raise SystemExit({code})"
+    )
     started = time.monotonic()
     assert launch.together([sys.executable, "-c", program], 2) == code
     assert time.monotonic() - started < 30
@@ -109,8 +111,8 @@ def test_no_processes_at_all_is_refused(tmp_path, capsys):
 
 
 def test_a_process_that_was_started_by_others_starts_none(monkeypatch, tmp_path, capsys):
-    monkeypatch.setenv(launch.LAUNCHED, "0")
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "1")
     monkeypatch.setattr(launch, "together", lambda *_: pytest.fail("it did"))
     assert main(["run", "shapes", str(tmp_path / "run"), "--processes", "2", "--set", "teacher=nowhere"]) == 2
     assert "nowhere" in capsys.readouterr().err
-    assert os.environ[launch.LAUNCHED] == "0"

@@ -27,6 +27,7 @@ def main(root: Path) -> None:
     with joined() as world:
         distil(root / "whole", config("whole"), None, world)
         distil(root / "experts", config("experts"), None, world)
+        killed_before_its_report(root, config("experts"), world)
         interrupted(root, config("whole"), world)
         distil(root / "broken", config("whole"), None, world)
         errors_of_the_first(world)
@@ -54,6 +55,15 @@ def interrupted(root: Path, config: DistillConfig, world: World) -> None:
     with world.first_alone():
         if world.is_first:
             shutil.copytree(root / "broken", root / "broken-for-one")
+
+
+def killed_before_its_report(root: Path, config: DistillConfig, world: World) -> None:
+    """All stages are done: what is left needs the teacher's videos, which are not kept."""
+    with world.first_alone():
+        if world.is_first:
+            shutil.rmtree(root / "experts" / "student")
+            (root / "experts" / "report.md").unlink()
+    distil(root / "experts", config, None, world)
 
 
 def errors_of_the_first(world: World) -> None:
