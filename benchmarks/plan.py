@@ -143,13 +143,7 @@ def settings_of(work: Path, case: Case) -> list[str]:
 
 def _run(work: Path, name: str, case: Case, processes: int) -> dict[str, int]:
     """The peak of each stage, each in processes of its own: peaks only grow."""
-    teacher, data = work / f"{shape_of(case)}-teacher", work / f"{shape_of(case)}-data"
-    if not teacher.exists():
-        make_teacher(teacher, case)
-    if not data.exists():
-        captions = work / "captions.txt"
-        captions.write_text("".join(f"a boat on lake number {i}\n" for i in range(8)))
-        distill(1, "prepare", captions, data, "--model", teacher, "--from-teacher", "--set", "held_out=0.4")
+    teach(work, case)
     folder = work / f"{name}-{processes}"
     command = ["run", RECIPE, folder, *(part for text in settings_of(work, case) for part in ("--set", text))]
     if not (folder / "report.md").exists():
@@ -166,6 +160,18 @@ def _run(work: Path, name: str, case: Case, processes: int) -> dict[str, int]:
     return {**found, "III matching": _peak(again, EVENTS["III matching"])}
 
 
+def teach(work: Path, case: Case) -> Path:
+    """The case's teacher, with the clips that it is distilled on beside it."""
+    teacher, data = work / f"{shape_of(case)}-teacher", work / f"{shape_of(case)}-data"
+    if not teacher.exists():
+        _make_teacher(teacher, case)
+    if not data.exists():
+        captions = work / "captions.txt"
+        captions.write_text("".join(f"a boat on lake number {i}\n" for i in range(8)))
+        distill(1, "prepare", captions, data, "--model", teacher, "--from-teacher", "--set", "held_out=0.4")
+    return teacher
+
+
 def _peak(folder: Path, stage: str) -> int:
     events = [json.loads(line) for line in (folder / "events.jsonl").read_text().splitlines()]
     return int(max(e["memory_mb"] for e in events if e["stage"] == stage and "memory_mb" in e) * 2**20)
@@ -180,7 +186,7 @@ def distill(processes: int, *arguments: object) -> None:
     subprocess.run(command, check=True, env=environment, stdout=subprocess.DEVNULL)  # noqa: S603
 
 
-def make_teacher(folder: Path, case: Case) -> None:
+def _make_teacher(folder: Path, case: Case) -> None:
     torch.manual_seed(0)
     tokenizer = make_tokenizer()
     pipe = WanPipeline(

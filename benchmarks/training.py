@@ -30,7 +30,7 @@ from diffusers import WanTransformer3DModel
 from peft import LoraConfig
 from torch.profiler import ProfilerActivity, profile
 
-from benchmarks.plan import RECIPE, Case, distill, make_teacher, settings_of, shape_of
+from benchmarks.plan import RECIPE, Case, distill, settings_of, shape_of, teach
 from distill import calls, plan, recipes
 from distill.loop import computed_again, plain_attention, training_device
 
@@ -86,13 +86,7 @@ def main() -> int:
 
 
 def _run(work: Path, name: str, case: Case) -> list[Row]:
-    teacher, data, folder = (work / f"{shape_of(case)}-{what}" for what in ("teacher", "data", "run"))
-    if not teacher.exists():
-        make_teacher(teacher, case)
-    if not data.exists():
-        captions = work / "captions.txt"
-        captions.write_text("".join(f"a boat on lake number {i}\n" for i in range(8)))
-        distill(1, "prepare", captions, data, "--model", teacher, "--from-teacher", "--set", "held_out=0.4")
+    teacher, folder = teach(work, case), work / f"{shape_of(case)}-run"
     chosen = [*settings_of(work, case), *(f"{key}={json.dumps(value)}" for key, value in SETTINGS.items())]
     if not (folder / "report.md").exists():
         distill(1, "run", RECIPE, folder, *(part for text in chosen for part in ("--set", text)))

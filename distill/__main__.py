@@ -16,9 +16,9 @@ from pathlib import Path
 
 from distill import launch, recipes
 from distill.config import AdoptConfig, Config, ConfigError, DistillConfig, PrepareConfig, override
+from distill.launch import RESUMABLE
 
 REFUSED = 3
-RESUMABLE = 75
 
 # Before torch is imported: threads that spin while they wait halve the speed as soon as anything else runs.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")

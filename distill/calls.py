@@ -13,7 +13,7 @@ import json
 import math
 import warnings
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -24,13 +24,11 @@ import diffusers
 import torch
 import transformers
 from accelerate import init_empty_weights
-from peft import LoraConfig
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import DynamicOutputShapeException, FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
 from distill import student
@@ -38,8 +36,10 @@ from distill.backbones import base
 from distill.backbones.base import Backbone, Call
 from distill.backbones.conditions import Conditions, Shapes
 from distill.config import ConfigError
+from distill.loop import computed_again
 from distill.released import RELEASED
 from distill.stages import heads
+from distill.stages.matching import add_adapter
 
 FP32, BF16 = 4, 2
 """Bytes of a number."""
@@ -380,7 +380,7 @@ class Calls:
     ) -> Passed:  # fmt: skip
         backbone, model = self.teacher.backbone, self._model(depths, trained)
         if again:
-            model.enable_gradient_checkpointing(partial(_computed_again, self._attention))
+            model.enable_gradient_checkpointing(partial(computed_again, attention=self._attention))
         discriminator = heads.token_head(backbone.width(model)).to("meta") if head else None
         reduced = self.precision == "bfloat16"
         with FakeTensorMode(), warnings.catch_warnings():
@@ -415,12 +415,8 @@ class Calls:
             model = type(like).from_config({**settings, **depths})
         model.train(trained != "nothing").requires_grad_(trained == "all")
         if trained == "lora":
-            within = {
-                id(layer) for layer in self.teacher.backbone.blocks(model).modules() if isinstance(layer, nn.Linear)
-            }
-            targets = [name for name, layer in model.named_modules() if id(layer) in within]
             with init_empty_weights():
-                model.add_adapter(LoraConfig(r=self.rank, lora_alpha=self.rank, target_modules=targets), "critic")
+                add_adapter(self.teacher.backbone, model, self.rank)
         return model
 
     def _inputs(self, clips: int) -> tuple[Tensor, Tensor, Conditions, Conditions]:
@@ -438,11 +434,6 @@ class Calls:
             return nullcontext()
         torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(True)
         return sdpa_kernel(SDPBackend.MATH)
-
-
-def _computed_again(attention: Callable[[], AbstractContextManager[Any]], block: Any, *arguments: Any) -> Any:
-    """As `loop.computed_again`, with the attention that is planned for."""
-    return checkpoint(block, *arguments, use_reentrant=False, context_fn=lambda: (nullcontext(), attention()))
 
 
 def _fake(model: nn.Module, dtype: torch.dtype) -> None:

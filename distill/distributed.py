@@ -126,10 +126,7 @@ class World:
         shared folder as it was a minute ago."""
         if not self.is_sharded or self._apart:
             return value
-        said: list[Any] = [value]
-        dist.broadcast_object_list(said, src=0)
-        found: ValueT = said[0]
-        return found
+        return self._told(value)
 
     def exists(self, path: Path) -> bool:
         """Whether the first process sees it, and then all of them."""
@@ -190,11 +187,11 @@ class World:
             raise said
         yield
 
-    def _told(self, error: Exception | None) -> Exception | None:
+    def _told(self, value: ValueT) -> ValueT:
         """What the first process says."""
-        said: list[Any] = [error]
+        said: list[Any] = [value]
         dist.broadcast_object_list(said, src=0)
-        found: Exception | None = said[0]
+        found: ValueT = said[0]
         return found
 
 

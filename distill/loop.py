@@ -187,13 +187,6 @@ def compile_blocks(run: Run, blocks: nn.ModuleList) -> None:
         block.compile(fullgraph=run.world.context == 1, dynamic=False)
 
 
-def computed_again(block: Callable[..., Any], *arguments: Any) -> Any:
-    """A block's output, whose inner values are not kept for the way back but computed once more."""
-    # On the way back the block's attention has to be the same one.
-    again = checkpoint(block, *arguments, use_reentrant=False, context_fn=lambda: (nullcontext(), plain_attention()))
-    return again
-
-
 def plain_attention() -> AbstractContextManager[None]:
     """On a CPU, attention as plain matrix products: of short sequences the fused kernel's backward pass takes ten
     times as long."""
@@ -201,6 +194,16 @@ def plain_attention() -> AbstractContextManager[None]:
         return nullcontext()
     torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(True)  # despite its name for CPUs too
     return sdpa_kernel(SDPBackend.MATH)
+
+
+def computed_again(
+    block: Callable[..., Any], *arguments: Any, attention: Callable[[], AbstractContextManager[Any]] = plain_attention
+) -> Any:
+    """A block's output, whose inner values are not kept for the way back but computed once more.
+
+    ``attention``: how it is called; on the way back it has to be the same.
+    """
+    return checkpoint(block, *arguments, use_reentrant=False, context_fn=lambda: (nullcontext(), attention()))
 
 
 Loss = Callable[[int, torch.Generator], tuple[Tensor, dict[str, float]]]

@@ -206,6 +206,14 @@ class Rollout:
         return self._given.backbone.with_given(x0_BCTHW, batch.image)
 
 
+def add_adapter(backbone: Backbone, network: Any, rank: int) -> None:
+    """A LoRA on every linear layer within the blocks, of a strength of 1; in place."""
+    within = {id(layer) for layer in backbone.blocks(network).modules() if isinstance(layer, nn.Linear)}
+    for model in backbone.networks(network).values():
+        targets = [name for name, layer in model.named_modules() if id(layer) in within]
+        model.add_adapter(LoraConfig(r=rank, lora_alpha=rank, target_modules=targets), ADAPTER)
+
+
 class Critic(nn.Module):
     """The fake score, a LoRA on the base (one copy of the weights serves both) or a copy, and a discriminator."""
 
@@ -221,10 +229,7 @@ class Critic(nn.Module):
         self._skipped = pruned if config.pruned else ()
         base.requires_grad_(False)
         if self.lora:
-            within = {id(layer) for layer in backbone.blocks(base).modules() if isinstance(layer, nn.Linear)}
-            for model in backbone.networks(base).values():
-                targets = [name for name, layer in model.named_modules() if id(layer) in within]
-                model.add_adapter(LoraConfig(r=config.rank, lora_alpha=config.rank, target_modules=targets), ADAPTER)
+            add_adapter(backbone, base, config.rank)
             self.transformer = base
         else:
             self.transformer = copy.deepcopy(base).train().requires_grad_(True)
