@@ -22,7 +22,6 @@ from typing import Any, Literal, NamedTuple
 
 import diffusers
 import torch
-import transformers
 from accelerate import init_empty_weights
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import DynamicOutputShapeException, FakeTensorMode
@@ -31,7 +30,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
-from distill import student
+from distill import empty, student
 from distill.backbones import base
 from distill.backbones.base import Backbone, Call
 from distill.backbones.conditions import Conditions, Shapes
@@ -92,7 +91,7 @@ def teacher_of(folder: Path, known: bool) -> Teacher:
             f"there is no folder {folder}; without a folder the shapes of these models are known: {', '.join(RELEASED)}"
         )
     released = RELEASED[name]
-    parts = {part: (library, kind, dict(values)) for part, (library, kind, values) in released.parts.items()}
+    parts = {name: empty.Part(*part) for name, part in released.parts.items()}
     pipe, encoders = _empty_pipeline(released.pipeline, parts, released.settings)
     backbone = base.load(released.backbone, released.task)
     return Teacher(name, released.source, backbone, pipe, dict(released.call), encoders)
@@ -101,38 +100,23 @@ def teacher_of(folder: Path, known: bool) -> Teacher:
 def _of_folder(folder: Path) -> Teacher:
     card = student.parse_card(student.card_path(folder))
     index = json.loads((folder / "model_index.json").read_text())
-    parts, settings = {}, {}
-    for name, value in index.items():
-        if isinstance(value, list) and value[1] is not None:
-            path = folder / name / "config.json"
-            values = json.loads(path.read_text()) if path.exists() else {}
-            parts[name] = (value[0], value[1], values)
-        elif not name.startswith("_") and not isinstance(value, list):
-            settings[name] = value
-    pipe, encoders = _empty_pipeline(index["_class_name"], parts, settings)
+    settings = {
+        name: value for name, value in index.items() if not name.startswith("_") and not isinstance(value, list)
+    }
+    pipe, encoders = _empty_pipeline(index["_class_name"], empty.parts(folder), settings)
     backbone = base.load(card.backbone, card.task)
     return Teacher(card.name, f"{folder}", backbone, pipe, dict(card.call), encoders)
 
 
-def _empty_pipeline(kind: str, parts: Mapping[str, tuple[str, str, dict[str, Any]]], settings: Any) -> tuple[Any, int]:
+def _empty_pipeline(kind: str, parts: Mapping[str, empty.Part], settings: Mapping[str, Any]) -> tuple[Any, int]:
     """A stock pipeline of networks without memory for their weights (and of nothing else), and the encoders' bytes."""
     of = getattr(diffusers, kind)
     asked = inspect.signature(of).parameters
     made: dict[str, Any] = {name: None for name, of_it in asked.items() if of_it.default is inspect.Parameter.empty}
     made |= {name: value for name, value in settings.items() if name in asked}
-    encoder_bytes = 0
-    for name, (library, cls, values) in parts.items():
-        network = getattr({"diffusers": diffusers, "transformers": transformers}[library], cls, None)
-        if not (isinstance(network, type) and issubclass(network, nn.Module)):
-            continue
-        with init_empty_weights():
-            if library == "diffusers":
-                made[name] = network.from_config(values)  # type: ignore[attr-defined]
-            else:
-                made[name] = network(network.config_class.from_dict(values))  # type: ignore[attr-defined]
-        if library == "transformers":
-            encoder_bytes += FP32 * sum(p.numel() for p in made[name].parameters())
-    return of(**made), encoder_bytes
+    networks = empty.networks(parts, lambda *_: True)
+    encoders = (networks[name] for name in networks if parts[name].is_encoder)
+    return of(**made | networks), sum(FP32 * p.numel() for network in encoders for p in network.parameters())
 
 
 # --- weights ----------------------------------------------------------------------------------------------------------

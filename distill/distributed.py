@@ -275,19 +275,6 @@ def _shared_otherwise(stage: str, fit: FitConfig, processes: int) -> str:
 # --- networks in parts ----------------------------------------------------------------------------------------------
 
 
-def empty(folder: Path) -> dict[str, Any]:
-    """The denoisers of a pipeline's folder by their components, without memory for their weights, frozen."""
-    import diffusers
-
-    found = {}
-    for component, kind in student.components(folder).items():
-        if f"{component}." in ("transformer.", "transformer_2."):
-            of = getattr(diffusers, kind)
-            with init_empty_weights():
-                found[component] = of.from_config(of.load_config(folder / component)).eval().requires_grad_(False)
-    return found
-
-
 def without_blocks(backbone: Backbone, network: Any, pruned: Collection[int]) -> Any:
     """`Backbone.without_blocks` of an empty network."""
     with init_empty_weights(), warnings.catch_warnings():

@@ -275,10 +275,8 @@ class _Planned:
     @cached_property
     def _resident(self) -> dict[str, int]:
         vae = FP32 * sum(p.numel() for p in self.teacher.pipe.vae.parameters())
-        parts = {"VAE": vae}
-        if self.config.data == SHAPES or self.machine.device == "cpu":  # else they wait in the host's memory
-            parts["text encoders"] = self.teacher.encoder_bytes
-        return parts
+        encoders = {"text encoders": self.teacher.encoder_bytes} if self.config.data == SHAPES else {}
+        return {"VAE": vae, **encoders}
 
     def _picture_bytes(self) -> int:
         """What is drawn for people: the videos of teacher and student, and the contact sheet, three rows of six frames

@@ -15,13 +15,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from distill import distributed, lineage, losses, schedule, student
+from distill import distributed, empty, lineage, losses, schedule, student
 from distill.backbones import base, conditions
 from distill.backbones.conditions import Conditions
 from distill.config import DEV_CLIPS, SHAPES, ConfigError, DistillConfig
 from distill.data import prepared, shapes
 from distill.distributed import ALL, Share
 from distill.latents import Latents
+from distill.lineage import EXPERTS
 from distill.loop import Run, compile_blocks, computed_again, plain_attention, training_device, write_json
 
 
@@ -81,23 +82,22 @@ class Given:
         self.config = config
         self.device = training_device()
         self.world = run.world
-        empty = distributed.empty(folder) if run.world.is_sharded else {}
-        if config.data == SHAPES:
-            self.pipe = student.load_pipeline(folder, self.device, empty)
-        else:  # what encodes captions and images has done so, and is larger than some transformers
-            self.pipe = student.load_pipeline(folder, "cpu", empty)
-            self.pipe.vae.to(self.device)
-            if not empty:
-                self.backbone.network(self.pipe).to(self.device)
+        sharded, encoded = run.world.is_sharded, config.data != SHAPES
+        # Denoisers in parts get theirs below. What encodes captions and images has done so where they were prepared,
+        # and is larger than some denoisers.
+        without = empty.networks(
+            empty.parts(folder), lambda name, part: (sharded and name in EXPERTS) or (encoded and part.is_encoder)
+        )
+        self.pipe = student.load_pipeline(folder, self.device, without)
         self.backbone.in_one_pass(self.pipe.vae)
         self.teacher: Any = self.backbone.network(self.pipe)
         self._shape = self.backbone.latent_shape(self.pipe, self.card.call)
-        self._empty = copy.deepcopy(self.teacher) if empty else None
+        self._empty = copy.deepcopy(self.teacher) if sharded else None
         self.few_steps_call = self.backbone.calling(self.card.call, config.student.num_inference_steps, 1.0)
         """The stock call of a student."""
         if config.compile:
             compile_blocks(run, self.backbone.blocks(self.teacher))
-        if run.world.is_sharded:
+        if sharded:
             self.spread(self.teacher, distributed.Stored.of_model(folder))
         self.train, self.dev = _clips(run, self)
 

@@ -12,12 +12,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from distill import distributed, student
+from distill import distributed, empty, student
 from distill.__main__ import main
 from distill.backbones import base
 from distill.checkpoint import Checkpoints
 from distill.config import ConfigError, DistillConfig
 from distill.distributed import ALONE, Share, Stored, World
+from distill.lineage import EXPERTS
 from distill.run import distil
 from tests.distill import tiny
 
@@ -230,6 +231,11 @@ def test_shares_are_the_whole_and_turns_are_all_pieces():
     assert [counts for of in neighbours for _, _, counts in of] == [True, True, False, False]
 
 
+def denoisers(folder: Path) -> dict[str, torch.nn.Module]:
+    """Without weights."""
+    return empty.networks(empty.parts(folder), lambda name, _: name in EXPERTS)
+
+
 @pytest.mark.parametrize("variant", ["ti2v-5b", "i2v-a14b", "hunyuan-i2v", "hunyuan15-t2v"])
 def test_networks_without_weights_get_just_those_of_the_files(real_models, variant):
     """Pruned ones too: the names of a smaller network's weights are found in the whole one's file."""
@@ -237,13 +243,13 @@ def test_networks_without_weights_get_just_those_of_the_files(real_models, varia
     card = student.read_card(folder)
     backbone = base.load(card.backbone, card.task)
     teacher = backbone.network(student.load_pipeline(folder, "cpu"))
-    empty = backbone.network(student.load_pipeline(folder, "cpu", distributed.empty(folder)))
-    assert {p.device.type for p in empty.parameters()} == {"meta"}
+    whole = backbone.network(student.load_pipeline(folder, "cpu", denoisers(folder)))
+    assert {p.device.type for p in whole.parameters()} == {"meta"}
     pruned = {0, len(backbone.blocks(teacher)) - 1}
-    smaller = distributed.without_blocks(backbone, empty, pruned)
-    kept = [block for number, block in enumerate(backbone.blocks(empty)) if number not in pruned]
+    smaller = distributed.without_blocks(backbone, whole, pruned)
+    kept = [block for number, block in enumerate(backbone.blocks(whole)) if number not in pruned]
     pairs = list(zip(backbone.blocks(smaller), kept, strict=True))
-    names = distributed.names_in(smaller, empty, pairs, empty)
+    names = distributed.names_in(smaller, whole, pairs, whole)
     distributed.materialise(smaller, Stored.of_model(folder).renamed(names))
     expected = backbone.without_blocks(teacher, pruned)
     for of in ("named_parameters", "named_buffers"):
@@ -256,11 +262,11 @@ def test_one_expert_is_found_in_the_file_of_both(real_models):
     folder = real_models.teacher("i2v-a14b")
     card = student.read_card(folder)
     backbone = base.load(card.backbone, card.task)
-    empty = backbone.network(student.load_pipeline(folder, "cpu", distributed.empty(folder)))
-    low = backbone.one_expert(distributed.without_blocks(backbone, empty, {4}), "low")
-    of = backbone.one_expert(empty, "low")
+    whole = backbone.network(student.load_pipeline(folder, "cpu", denoisers(folder)))
+    low = backbone.one_expert(distributed.without_blocks(backbone, whole, {4}), "low")
+    of = backbone.one_expert(whole, "low")
     blocks = [block for number, block in enumerate(backbone.blocks(of)) if number != 1]  # 3 of the first, then 4 is 1
-    names = distributed.names_in(low, of, list(zip(backbone.blocks(low), blocks, strict=True)), empty)
+    names = distributed.names_in(low, of, list(zip(backbone.blocks(low), blocks, strict=True)), whole)
     assert all(name.startswith("low.") for name in names.values())
     assert names["blocks.1.attn1.to_q.weight"] == "low.blocks.2.attn1.to_q.weight"
 

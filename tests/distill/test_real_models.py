@@ -9,11 +9,13 @@ import torch
 from diffusers import DiffusionPipeline
 from PIL import Image
 
-from distill import lineage, student
+from distill import empty, lineage, student
 from distill.__main__ import main
 from distill.backbones import base
 from distill.config import ConfigError
+from distill.loop import Run
 from distill.run import distil
+from distill.stages.given import Given
 from tests import tiny
 from tests.real_models import RECIPES
 from tests.tiny.wan import BLOCKS
@@ -73,6 +75,20 @@ def test_the_same_command_has_nothing_left_to_do(real_models, variant, run_folde
     before = student.read_card(run_folder / "student").sha256
     distil(run_folder, real_models.recipe(variant))
     assert student.read_card(run_folder / "student").sha256 == before
+
+
+def test_what_encoded_the_clips_is_not_loaded_again(real_models, variant, tmp_path):
+    run = Run(tmp_path, seed=0)
+    with run.handling_signals():
+        given = Given(run, real_models.recipe(variant))
+    places = {
+        name: {tensor.device.type for tensor in part.state_dict().values()}
+        for name, part in given.pipe.components.items()
+        if isinstance(part, torch.nn.Module)
+    }
+    encoders = {name for name, part in empty.parts(given.folder).items() if part.is_encoder}
+    assert "text_encoder" in encoders & places.keys()
+    assert places == {name: {"meta" if name in encoders else "cpu"} for name in places}
 
 
 def test_a_student_can_be_of_one_of_two_experts(real_models, variant, teacher, run_folder, tmp_path):
