@@ -68,9 +68,16 @@ def test_a_budget_that_stage_one_uses_up_is_one_clear_error(shapes_recipe):
         method.within(config, 20 * unit, 0.5, BLOCKS)
 
 
+def methods_of(recipe, config):
+    """The methods' rows as the recipe shapes them, and those that prune less and take fewer steps."""
+    rows = [row for row in compare._methods(recipe, config, BLOCKS) if row.config]
+    lighter = [row for row in rows if "10 % pruned" in row.name]
+    return [row for row in rows if row not in lighter], lighter
+
+
 def test_all_methods_have_the_same_data_teacher_and_schedule(shapes_recipe):
     config = recipes.compare_shapes()
-    rows = [row for row in compare.plan(shapes_recipe, config, BLOCKS) if row.group == "methods" and row.config]
+    rows, _ = methods_of(shapes_recipe, config)
     for part in ("teacher", "num_clips", "precision", "seed", "importance", "watched", "shift"):
         assert len({repr(getattr(row.config.recipe, part)) for row in rows}) == 1, part
     pruned = [row for row in rows if row.config.weights == "pruned"]
@@ -78,8 +85,28 @@ def test_all_methods_have_the_same_data_teacher_and_schedule(shapes_recipe):
     few = {row.name: row.config.recipe.student.num_inference_steps for row in rows}
     assert {steps for name, steps in few.items() if not name.startswith("Euler")} == {4}
     names = [row.name for row in compare.plan(shapes_recipe, config, BLOCKS)]
-    assert len(names) == len(set(names)) == 21 + 15 + 13
-    assert len([name for name in names if "pruned" in name and "step" in name]) == 15
+    assert len(names) == len(set(names)) == 23 + 15 + 13
+
+
+def test_one_block_less_in_three_steps_costs_as_much_and_differs_in_nothing_else(shapes_recipe):
+    config = recipes.compare_shapes()
+    rows, lighter = methods_of(shapes_recipe, config)
+    assert [row.name for row in lighter] == ["FastLightGen, 3 steps, 10 % pruned", "DMD2, 3 steps, 10 % pruned"]
+    usual = {row.name: row.config for row in rows}
+    budget = config.budget * method.unit_passes(shapes_recipe, BLOCKS)
+    for row, beside in zip(lighter, ("FastLightGen", "DMD2, pruned"), strict=True):
+        spent = sum(method.spent_passes(row.config, BLOCKS).values())
+        assert 0.99 * budget < spent <= budget
+        recipe, other = row.config.recipe, usual[beside].recipe
+        assert recipe.student == recipes.few_steps(3, recipe.shift)
+        same = {
+            "student": other.student,
+            "importance": recipe.importance.model_copy(update={"rho": other.importance.rho}),
+            "pruning": recipe.pruning.model_copy(update={"fit": other.pruning.fit}),
+            "matching": recipe.matching.model_copy(update={"fit": other.matching.fit}),
+        }
+        assert recipe.importance.rho == 0.1
+        assert recipe.model_copy(update=same) == other
 
 
 def test_what_was_tuned_is_taken_for_that_method_alone(shapes_recipe):
@@ -93,9 +120,9 @@ def test_what_was_tuned_is_taken_for_that_method_alone(shapes_recipe):
 def test_a_tuned_stage_two_is_that_of_every_pruned_row(shapes_recipe):
     chosen = ("recipe.pruning.alpha=0.5", "recipe.matching.scores.beta_2=[0.5, 1.0]")
     config = recipes.compare_shapes().model_copy(update={"choices": {"fastlightgen": chosen}})
-    rows = [row for row in compare._methods(shapes_recipe, config, BLOCKS) if row.config]
+    rows, lighter = methods_of(shapes_recipe, config)
     pruned = [row for row in rows if row.config.weights == "pruned"]
-    assert {row.config.recipe.pruning.alpha for row in pruned} == {0.5}
+    assert {row.config.recipe.pruning.alpha for row in (*pruned, *lighter)} == {0.5}
     assert len({repr(row.config.recipe.pruning) for row in pruned}) == 1
     assert [row.name for row in rows if row.config.recipe.matching.scores.beta_2 == (0.5, 1.0)] == [
         row.name for row in rows if row.config.method == "fastlightgen"
